@@ -1,0 +1,60 @@
+# Everything a checkout needs. `demo`, `test` and `lint` set up .venv themselves, once.
+#   PYTHON=python3.12   the interpreter that .venv is made from
+#   SYSTEM_TORCH=1      use PYTHON with its own torch: no .venv, no network, only the C++ build
+
+PYTHON ?= python3
+SYSTEM_TORCH ?=
+OUT ?= runs/digits
+DEMO_ARGS ?=
+TEST_ARGS ?=
+
+VENV := .venv
+EXTENSION := sparse_cocktail/_C.abi3.so
+SOURCES := $(wildcard csrc/*/*)
+TORCH := torch==2.13.0
+TOOLS := pytest pytest-benchmark hypothesis ruff
+
+ifeq ($(SYSTEM_TORCH),1)
+PY := $(PYTHON)
+SET_UP :=
+else
+PY := $(VENV)/bin/python
+SET_UP := $(VENV)/.set-up
+endif
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint clean
+.DELETE_ON_ERROR:
+
+help:  ## list the targets (the default)
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@sed -n 's/^#   /  /p' Makefile
+
+demo: $(EXTENSION)  ## co-train on digits; DEMO_ARGS="--epochs 1 --stages 2" OUT=folder
+	$(PY) -m sparse_cocktail.cli train --recipe digits --out "$(OUT)" --overwrite $(DEMO_ARGS)
+
+test: $(EXTENSION)  ## run the test suite; TEST_ARGS="-k masks"
+	$(PY) -m pytest $(TEST_ARGS)
+
+lint: $(SET_UP)  ## check style and format
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+clean:  ## remove what was built; .venv and runs/ stay
+	rm -rf build dist *.egg-info $(EXTENSION) .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find sparse_cocktail kernels benchmarks tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first and alone: pip then takes a CPU build where one is configured. The package goes
+# in without its extension, which has its own rule below.
+$(VENV)/.set-up: pyproject.toml constraints.txt setup.py
+	@echo "Setting up $(VENV). pip downloads about 0.5 GB (torch for the CPU) to 3.5 GB (torch with"
+	@echo "CUDA), less what its cache holds. SYSTEM_TORCH=1 uses an installed torch instead."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH)
+	$(PIP) setuptools wheel ninja
+	SPARSE_COCKTAIL_NO_EXT=1 $(PIP) --no-build-isolation -e . $(TOOLS)
+	@touch $@
+
+$(EXTENSION): $(SOURCES) setup.py | $(SET_UP)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch -c $@

@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `sparse_cocktail.kernels`. Each file is one family of ops."""

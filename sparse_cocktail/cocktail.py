@@ -1,0 +1,483 @@
+"""Cocktail: one dense weight set, the masks of many subnets, and their BatchNorm statistics."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import models, ops
+from .bank import MaskBank
+from .files import read_tensors, write_tensors
+from .modules import MaskedBatchNorm2d, convert, masked_layers
+from .patterns import Dense, Pattern, Unstructured, parse
+from .recalibrate import norm_layers, recalibrate
+from .reference import weight_view
+from .selection import magnitude_masks
+
+__all__ = ["Cocktail", "Subnet"]
+
+FORMAT = 1
+_LEVELS = 15  # 4 bits hold 15 nested masks
+
+
+@dataclass
+class Subnet:
+    """One network of the menu.
+
+    `row` is its row in the mask bank (None = dense), `statistics` its BatchNorm statistics (None =
+    it uses whatever the model holds), `stage` the pruning round that made it, `accuracy` in
+    percent, `live` the channels per layer that are not wholly pruned.
+    """
+
+    name: str
+    pattern: Pattern
+    row: int | None = None
+    stage: int | None = None
+    accuracy: float | None = None
+    statistics: list[Tensor] | None = None
+    live: list[Tensor] | None = None
+
+
+class Cocktail:
+    """A model whose weights are shared by a dense network and any number of sparse subnets.
+
+    Args:
+        model: a model with masked layers, as `convert` makes it. Its weights are used, not copied.
+
+    Example:
+        cocktail = Cocktail(convert(model))
+        cocktail.add("2:4")
+        with cocktail.using("2:4"):
+            loss = criterion(model(x), y)
+            loss.backward()  # ends before the next activate
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = masked_layers(model)
+        if not self.layers:
+            raise ValueError(
+                f"Cocktail: {type(model).__name__} has no masked layers; pass convert(model)"
+            )
+        self.norms = norm_layers(model)
+        self.bank = MaskBank([layer.weight for layer in self.layers.values()])
+        self.subnets: dict[str, Subnet] = {"dense": Subnet("dense", Dense())}
+        self.active = "dense"
+        self._bits = [layer.mask_bits for layer in self.layers.values()]
+        self._live = [layer.live for layer in self.layers.values()]
+        index = {name: i for i, name in enumerate(self.layers)}
+        self._silenced = [
+            (norm, index[norm.source])
+            for norm in self.norms.values()
+            if isinstance(norm, MaskedBatchNorm2d) and norm.source in index
+        ]
+        self._set_mode(False)
+
+    # ---- the menu --------------------------------------------------------------------------------
+
+    def add(
+        self,
+        pattern: str | Pattern,
+        masks: Sequence[Tensor] | int | None = None,
+        stage: int | None = None,
+    ) -> Subnet:
+        """Put a subnet on the menu.
+
+        Args:
+            pattern: a pattern or its name; its canonical name becomes the subnet's.
+            masks: bits per masked layer, or a row of `bank`; by default made from the weights'
+                present magnitudes.
+            stage: the pruning round that made it.
+
+        Raises:
+            ValueError: for an unknown pattern or a name that is there already.
+        """
+        pattern = parse(pattern)
+        name = str(pattern)
+        if name in self.subnets:
+            raise ValueError(
+                f"Cocktail.add: subnet {name!r} is on the menu already; remove it first"
+            )
+        if masks is None:
+            masks = magnitude_masks(self.bank.weights, pattern)
+        row = masks if isinstance(masks, int) else self.bank.add(masks)
+        subnet = Subnet(name, pattern, row, stage)
+        subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(row)]
+        self.subnets[name] = subnet
+        return subnet
+
+    def _subnet(self, name: str) -> Subnet:
+        if name not in self.subnets:
+            raise KeyError(f"Cocktail: subnet {name!r} is unknown; there are {list(self.subnets)}")
+        return self.subnets[name]
+
+    def _set_mode(self, masked: bool) -> None:
+        for layer in self.layers.values():
+            layer.masked = masked
+        for norm, _ in self._silenced:
+            norm.masked = masked
+
+    def activate(self, name: str) -> None:
+        """Make the model compute as this subnet: masks, silent channels, BatchNorm statistics.
+
+        Bits are copied into the layers' fixed buffers, so nothing is recompiled; the backward of a
+        pass must end before the next call.
+        """
+        subnet = self._subnet(name)
+        self._set_mode(subnet.row is not None)
+        with torch.no_grad():
+            if subnet.row is not None:
+                torch._foreach_copy_(self._bits, self.bank.views(subnet.row))
+                torch._foreach_copy_(self._live, subnet.live)
+                for norm, layer in self._silenced:
+                    norm.live.copy_(subnet.live[layer])
+            if subnet.statistics is not None:
+                torch._foreach_copy_(self.statistics(), subnet.statistics)
+        self.active = name
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[nn.Module]:
+        """Activate a subnet inside the `with` block, then the one before."""
+        before = self.active
+        self.activate(name)
+        try:
+            yield self.model
+        finally:
+            self.activate(before)
+
+    # ---- BatchNorm statistics --------------------------------------------------------------------
+
+    def statistics(self) -> list[Tensor]:
+        """The model's running means and variances, the buffers themselves."""
+        return [t for norm in self.norms.values() for t in (norm.running_mean, norm.running_var)]
+
+    def recalibrate(self, name: str, batches: Iterable[Tensor]) -> None:
+        """Estimate a subnet's own BatchNorm statistics from batches of inputs, and keep them."""
+        with self.using(name):
+            recalibrate(self.model, batches)
+            self._subnet(name).statistics = [t.clone() for t in self.statistics()]
+        if self.active == name:
+            self.activate(name)
+
+    @contextmanager
+    def preserved_statistics(self) -> Iterator[None]:
+        """Whatever happens to the model's statistics and mask inside is undone afterwards."""
+        buffers = [b for norm in self.norms.values() for b in norm.buffers(recurse=False)]
+        before, active = [b.clone() for b in buffers], self.active
+        try:
+            yield
+        finally:
+            self.activate(active)
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, before)
+
+    # ---- figures ---------------------------------------------------------------------------------
+
+    def summary(self, example_input: Tensor | None = None) -> list[dict[str, Any]]:
+        """One row per subnet: name, pattern, sparsity, nnz, parameters, flops, accuracy.
+
+        `sparsity` is the share of the masked layers' weights that is zero, `nnz` the number that is
+        not, `parameters` the nonzero parameters of the whole network, `flops` the multiply-adds per
+        sample that remain (kept weights times output positions; None without `example_input`).
+        """
+        total = sum(p.numel() for p in self.model.parameters())
+        positions = None if example_input is None else self._positions(example_input)
+        rows = []
+        for subnet in self.subnets.values():
+            kept = self._kept(subnet)
+            nnz = sum(kept.values())
+            rows.append(
+                {
+                    "name": subnet.name,
+                    "pattern": subnet.pattern.kind,
+                    "sparsity": 1.0 - nnz / self.bank.numel,
+                    "nnz": nnz,
+                    "parameters": total - (self.bank.numel - nnz) - self._silent(subnet),
+                    "flops": None if positions is None else self._flops(positions, kept),
+                    "accuracy": subnet.accuracy,
+                }
+            )
+        return rows
+
+    def _kept(self, subnet: Subnet) -> dict[str, int]:
+        if subnet.row is None:
+            return {name: layer.weight.numel() for name, layer in self.layers.items()}
+        views = self.bank.views(subnet.row)
+        return {n: int(ops.mask_count(v)) for n, v in zip(self.layers, views, strict=True)}
+
+    def _silent(self, subnet: Subnet) -> int:
+        """Biases and BatchNorm parameters of pruned channels."""
+        if subnet.live is None:
+            return 0
+        dead = [int((~live).sum()) for live in subnet.live]
+        biases = [0 if layer.bias is None else 1 for layer in self.layers.values()]
+        count = sum(d * b for d, b in zip(dead, biases, strict=True))
+        return count + sum(2 * dead[i] for norm, i in self._silenced if norm.affine)
+
+    def _positions(self, example: Tensor) -> dict[str, int]:
+        """Output positions per sample of every convolution and linear layer."""
+        positions: dict[str, int] = {}
+        layers = {
+            n: m for n, m in self.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+        }
+
+        def hook(name):
+            def count(module, _, output):
+                positions[name] = output[0].numel() // module.weight.shape[0]
+
+            return count
+
+        handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
+        training = self.model.training
+        try:
+            with torch.no_grad(), self.using("dense"):
+                self.model.eval()(example)
+        finally:
+            self.model.train(training)
+            for handle in handles:
+                handle.remove()
+        return positions
+
+    def _flops(self, positions: dict[str, int], kept: dict[str, int]) -> int:
+        weights = {name: self.model.get_submodule(name).weight.numel() for name in positions}
+        return sum(kept.get(name, weights[name]) * count for name, count in positions.items())
+
+    # ---- export ----------------------------------------------------------------------------------
+
+    def export(self, name: str) -> nn.Module:
+        """A copy of the model in plain torch.nn layers, in eval mode, with the mask baked in."""
+        with self.preserved_statistics():
+            self.activate(name)
+            model = copy.deepcopy(self.model).eval()
+        for child, module in list(model.named_modules()):
+            if hasattr(module, "to_dense") and child:
+                parent, _, leaf = child.rpartition(".")
+                setattr(model.get_submodule(parent), leaf, module.to_dense())
+        if hasattr(model, "conversion"):
+            del model.conversion
+        return model
+
+    # ---- state, for checkpoints ------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Masks and subnets (not the model's weights) as a tree of tensors and plain values."""
+        subnets = [
+            {
+                "name": s.name,
+                "row": s.row,
+                "stage": s.stage,
+                "accuracy": s.accuracy,
+                "statistics": s.statistics,
+            }
+            for s in self.subnets.values()
+        ]
+        rows = [self.bank.flat(i) for i in range(len(self.bank))]
+        return {"subnets": subnets, "rows": rows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, into a cocktail without subnets."""
+        for flat in state["rows"]:
+            self.bank.add(self._split(flat))
+        for entry in state["subnets"]:
+            if entry["row"] is not None:
+                self.add(entry["name"], entry["row"], entry["stage"])
+            subnet = self.subnets[entry["name"]]
+            subnet.accuracy, subnet.statistics = entry["accuracy"], entry["statistics"]
+
+    # ---- save and load ---------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike, extra: dict[str, Any] | None = None) -> None:
+        """Write everything into one safetensors file, atomically.
+
+        Weights once, nested unstructured masks as one 4-bit prune level per weight, other masks as
+        bits, BatchNorm statistics per subnet, and a JSON header with a digest over all of it.
+
+        Args:
+            path: the file.
+            extra: JSON-able facts to keep in the header, such as the config of the run.
+        """
+        with self.preserved_statistics():
+            self.activate("dense")
+            state = self.model.state_dict()
+        tensors = {f"model.{key}": value for key, value in state.items()}
+        nested = self._nested()
+        if nested:
+            tensors["levels"] = self._pack_levels(nested)
+        for subnet in self.subnets.values():
+            if subnet.row is not None and subnet.name not in nested:
+                tensors[f"bits.{subnet.name}"] = self.bank.flat(subnet.row)
+            if subnet.statistics is not None:
+                values = [s.reshape(-1) for s in subnet.statistics]
+                tensors[f"statistics.{subnet.name}"] = (
+                    torch.cat(values) if values else torch.empty(0)
+                )
+        header = {
+            "format": FORMAT,
+            "factory": getattr(self.model, "factory", None),
+            "layers": [[n, list(m.weight.shape)] for n, m in self.layers.items()],
+            "norms": [[n, _norm_facts(m)] for n, m in self.norms.items()],
+            "nested": nested,
+            "subnets": [
+                {"name": s.name, "stage": s.stage, "accuracy": s.accuracy}
+                for s in self.subnets.values()
+            ],
+            "extra": extra or {},
+        }
+        header["digest"] = _digest(header, tensors)
+        write_tensors(path, tensors, {"sparse_cocktail": json.dumps(header)})
+
+    def _nested(self) -> list[str]:
+        """Unstructured subnets from dense to sparse, if each lies within the one before."""
+        chain = [s for s in self.subnets.values() if isinstance(s.pattern, Unstructured)]
+        chain.sort(key=lambda s: s.pattern.sparsity)
+        if not 2 <= len(chain) <= _LEVELS:
+            return []
+        flats = [self.bank.flat(s.row) for s in chain]
+        inside = all(not (b & ~a).any() for a, b in zip(flats, flats[1:], strict=False))
+        return [s.name for s in chain] if inside else []
+
+    def _pack_levels(self, nested: list[str]) -> Tensor:
+        """Per weight the number of nested masks that keep it, two 4-bit levels a byte."""
+        levels = torch.zeros(self.bank.numel, dtype=torch.uint8)
+        for name in nested:
+            views = self.bank.views(self.subnets[name].row)
+            masks = [
+                weight_view(ops.unpack_mask(bits, w.shape)).reshape(-1)
+                for bits, w in zip(views, self.bank.weights, strict=True)
+            ]
+            levels += torch.cat(masks).to("cpu", torch.uint8)
+        pairs = torch.cat([levels, levels.new_zeros(len(levels) % 2)]).view(-1, 2)
+        return pairs[:, 0] | (pairs[:, 1] << 4)
+
+    def _unpack_levels(self, packed: Tensor, count: int) -> list[list[Tensor]]:
+        """The bits of `count` nested masks, per weight, from dense to sparse."""
+        levels = torch.stack([packed & 15, packed >> 4], 1).view(-1)[: self.bank.numel]
+        parts = levels.split([w.numel() for w in self.bank.weights])
+        masks = []
+        for rank in range(1, count + 1):
+            bits = []
+            for part, weight in zip(parts, self.bank.weights, strict=True):
+                view = (part >= rank).view(weight_view(weight).shape)
+                bits.append(ops.pack_mask(view.transpose(1, 2).reshape(weight.shape).contiguous()))
+            masks.append(bits)
+        return masks
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> Cocktail:
+        """Read a cocktail back, bit for bit.
+
+        Args:
+            path: a file that `save` wrote.
+            model: a converted model of the same architecture; by default one is built from the
+                factory that the file names, which must be one of sparse_cocktail's own models.
+
+        Raises:
+            FileNotFoundError; ValueError for a truncated, edited or foreign file, for another
+            format version, or for a model whose layers differ.
+        """
+        tensors, metadata = read_tensors(path)
+        header = _read_header(path, tensors, metadata)
+        if model is None:
+            model = _build(path, header)
+        cocktail = cls(model)
+        _check_same(
+            path, "layers", header["layers"], cocktail.layers, lambda m: list(m.weight.shape)
+        )
+        _check_same(path, "norms", header["norms"], cocktail.norms, _norm_facts)
+        prefix = "model."
+        state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        model.load_state_dict(state)
+        levels = {}
+        if header["nested"]:
+            masks = cocktail._unpack_levels(tensors["levels"], len(header["nested"]))
+            levels = dict(zip(header["nested"], masks, strict=True))
+        for entry in header["subnets"]:
+            name = entry["name"]
+            if name != "dense":
+                masks = levels.get(name)
+                if masks is None:
+                    masks = cocktail._split(tensors[f"bits.{name}"])
+                cocktail.add(name, masks, entry["stage"])
+            subnet = cocktail.subnets[name]
+            subnet.accuracy = entry["accuracy"]
+            if (flat := tensors.get(f"statistics.{name}")) is not None:
+                sizes = [s.numel() for s in cocktail.statistics()]
+                subnet.statistics = [part.clone() for part in flat.split(sizes)]
+        cocktail.extra = header["extra"]
+        cocktail.activate("dense")
+        return cocktail
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([views.numel() for views in self._bits])
+        return [part.view(bits.shape) for part, bits in zip(parts, self._bits, strict=True)]
+
+
+# ---- the file ------------------------------------------------------------------------------------
+
+
+def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over the header (without the digest) and every tensor."""
+    known = {k: v for k, v in header.items() if k != "digest"}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_header(path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
+    if "sparse_cocktail" not in metadata:
+        raise ValueError(f"{path} is no cocktail file; it must be one that Cocktail.save wrote")
+    try:
+        header = json.loads(metadata["sparse_cocktail"])
+        version, digest = header["format"], header["digest"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{path}: the header is damaged ({error}); take a whole copy") from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{path} has format {version}, but this version reads format {FORMAT}; use the version "
+            "of sparse-cocktail that wrote it"
+        )
+    if digest != _digest(header, tensors):
+        raise ValueError(
+            f"{path} was edited or damaged after it was saved (its digest does not match); take "
+            "the original copy"
+        )
+    return header
+
+
+def _norm_facts(norm: nn.Module) -> list:
+    return [norm.num_features, getattr(norm, "source", None)]
+
+
+def _build(path, header: dict[str, Any]) -> nn.Module:
+    """Build the file's model, from our own factories only: a file must not name code to run."""
+    factory = header["factory"]
+    if factory is None:
+        raise ValueError(f"{path} names no model factory; pass model=convert(your_model)")
+    masked = {name for name, _ in header["layers"]}
+    model = convert(models.build(**factory), skip=lambda name, _: name not in masked)
+    for name, (_, source) in header["norms"]:
+        if isinstance(norm := model.get_submodule(name), MaskedBatchNorm2d):
+            norm.source = source
+    return model
+
+
+def _check_same(path, what: str, stored: list, present: dict[str, nn.Module], size) -> None:
+    here = [[name, size(module)] for name, module in present.items()]
+    if stored != here:
+        difference = [(a, b) for a, b in zip(stored, here, strict=False) if a != b]
+        raise ValueError(
+            f"{path} holds {len(stored)} {what}, the model has {len(here)}, and they differ (first "
+            f"difference, file against model: {difference[:1]}); pass the model it was made from"
+        )

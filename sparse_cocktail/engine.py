@@ -1,0 +1,545 @@
+"""The only training loop: stages of optimizer steps, each made of passes over subnets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+from . import data as data_sets
+from . import models, ops
+from .checkpoint import load_checkpoint, restore_dataclass, save_checkpoint
+from .cocktail import Cocktail
+from .config import Config, split_fields
+from .data import Data
+from .files import read_tensors, write_json
+from .methods import METHODS, Context, Method, Pass
+from .modules import convert
+from .recalibrate import frozen_statistics
+from .schedules import length_in_steps
+from .tasks import Classification, Task
+
+__all__ = ["Interrupted", "Trainer", "train"]
+
+CHECKPOINT, LOG, CONFIG, RESULTS = (
+    "checkpoint.safetensors",
+    "log.jsonl",
+    "config.json",
+    "results.json",
+)
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM or Ctrl-C); its checkpoint is written."""
+
+
+def train(
+    model: str | nn.Module = "resnet8",
+    data: str | Data = "digits",
+    out: str | os.PathLike = "runs/latest",
+    *,
+    task: Task | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Train with any method and leave everything of the run in one folder.
+
+    Args:
+        model: name of a model, or a module (plain or already converted).
+        data: name of a data set, or a `Data`.
+        out: the run's folder: results.json, cocktail.safetensors, log.jsonl, config.json.
+        task: loss, distillation and metric; classification by default.
+        resume: go on from the folder's checkpoint, bit for bit.
+        overwrite: start anew in a folder that holds a run.
+        console: where progress is shown (None: nowhere).
+        fields: recipe fields, as in `sparse-cocktail train --help`.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        ValueError: for bad fields, a folder that holds another run, or a damaged checkpoint.
+        FloatingPointError: when the loss is not finite; the last good checkpoint stays.
+        Interrupted: on SIGTERM or Ctrl-C, after writing a checkpoint.
+    """
+    for name, value in (("model", model), ("data", data)):
+        fields[name] = value if isinstance(value, str) else f"custom:{type(value).__name__}"
+    config, options = split_fields(fields)
+    trainer = Trainer(config, options, Path(out), console or Console(quiet=True), task)
+    trainer.prepare(
+        model if isinstance(model, nn.Module) else models.build(model, config.model_args),
+        data if isinstance(data, Data) else data_sets.load(data),
+        resume,
+        overwrite,
+    )
+    return trainer.run()
+
+
+class Trainer:
+    """One run: `prepare`, then `run`."""
+
+    def __init__(
+        self, config: Config, options: Any, folder: Path, console: Console, task: Task | None = None
+    ) -> None:
+        self.config, self.options, self.folder, self.console = config, options, folder, console
+        self.task = task or Classification(config.label_smoothing)
+        self.method: Method = METHODS[config.method]()
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.stop_signal: int | None = None
+        self._losses: list[tuple[int, str, Tensor]] = []
+
+    # ---- set-up ----------------------------------------------------------------------------------
+
+    def prepare(self, model: nn.Module, data: Data, resume: bool, overwrite: bool) -> None:
+        config = self.config
+        checkpoint = self._claim_folder(resume, overwrite)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        device = config.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        if not hasattr(model, "conversion"):
+            self._reset(model)
+            skip = None if config.mask_linear else (lambda _, m: isinstance(m, nn.Linear))
+            model = convert(model, skip, data.train.inputs[:2], config.channels_last)
+        model.to(self.device)
+        if config.init:
+            tensors, _ = read_tensors(config.init)
+            model.load_state_dict(tensors)
+        network: nn.Module = torch.compile(model) if config.compile else model
+        if self.world > 1:
+            network = DistributedDataParallel(network, broadcast_buffers=False)
+        self.ctx = Context(
+            config=config,
+            options=self.options,
+            cocktail=Cocktail(model),
+            data=data.to(self.device),
+            task=self.task,
+            folder=self.folder,
+            device=self.device,
+            network=network,
+            log=self.log,
+            steps_per_epoch=data.steps_per_epoch(config.batch_size, self.world),
+        )
+        self.log_file = open(self.folder / LOG, "a")  # noqa: SIM115 - open for the whole run
+        self.board = self._tensorboard()
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.ctx.stages = self.method.plan(self.ctx)
+        self.resumed = checkpoint is not None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    def _claim_folder(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
+        """Check the folder against the request; returns the checkpoint to go on from."""
+        facts = {**dataclasses.asdict(self.config), **dataclasses.asdict(self.options)}
+        stored = self.folder / CONFIG
+        if resume:
+            if not stored.is_file():
+                raise ValueError(f"resume: {self.folder} holds no run; leave --resume out")
+            before = json.loads(stored.read_text())
+            changed = {k: (before.get(k), v) for k, v in facts.items() if before.get(k) != v}
+            if changed:
+                raise ValueError(
+                    f"resume: fields differ from those of the run in {self.folder} (run, now): "
+                    f"{changed}; resume with the same fields"
+                )
+            path = self.folder / CHECKPOINT
+            return load_checkpoint(path) if path.is_file() else None
+        if stored.exists() and not overwrite:
+            raise ValueError(
+                f"train: {self.folder} holds a run already; use --resume to go on with it, "
+                "--overwrite to start anew, or another --out"
+            )
+        for name in (CHECKPOINT, LOG, RESULTS):
+            (self.folder / name).unlink(missing_ok=True)
+        write_json(stored, facts)
+        return None
+
+    def _reset(self, model: nn.Module) -> None:
+        """Seed everything and draw the initial weights anew: they depend on the seed only."""
+        random.seed(self.config.seed)
+        np.random.seed(self.config.seed)
+        torch.manual_seed(self.config.seed)
+        if getattr(model, "factory", None):
+            fresh = models.build(**model.factory)
+            model.load_state_dict(fresh.state_dict())
+
+    def _tensorboard(self):
+        if not self.config.tensorboard:
+            return None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard=true needs the extra [log]: pip install 'sparse-cocktail[log]'"
+            ) from error
+        return SummaryWriter(str(self.folder / "tensorboard"))
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        config, model = self.config, self.ctx.model
+        plain = set()
+        if not config.decay_norm_bias:
+            plain = {
+                id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()
+            }
+            plain |= {id(p) for p in model.parameters() if p.dim() < 2}
+        groups = [
+            {
+                "params": [p for p in model.parameters() if id(p) not in plain],
+                "weight_decay": config.weight_decay,
+            },
+            {"params": [p for p in model.parameters() if id(p) in plain], "weight_decay": 0.0},
+        ]
+        return torch.optim.SGD(
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+        )
+
+    # ---- the run ---------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        ctx, start, before = self.ctx, perf_counter(), self.ctx.seconds.get("total", 0.0)
+        self._clock = lambda: before + perf_counter() - start
+        total = sum(stage.epochs for stage in ctx.stages) * ctx.steps_per_epoch
+        progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+        with progress, self._signals():
+            bar = progress.add_task(f"{self.config.method}", total=total)
+            done = sum(s.epochs for s in ctx.stages[: ctx.stage]) * ctx.steps_per_epoch
+            progress.update(bar, completed=done + ctx.step)
+            for index in range(ctx.stage, len(ctx.stages)):
+                self._run_stage(
+                    index, lambda text: progress.update(bar, advance=1, description=text)
+                )
+        with ctx.timed("evaluate"):
+            scores = self.method.finish(ctx)
+        ctx.seconds["total"] = self._clock()
+        results = self._results(scores)
+        if self.rank == 0:
+            ctx.cocktail.save(
+                self.folder / "cocktail.safetensors",
+                {"config": results["config"], "data": ctx.data.name},
+            )
+            write_json(self.folder / RESULTS, results)
+        self.log("finished", seconds=ctx.seconds["total"])
+        self.log_file.close()
+        return results
+
+    def _run_stage(self, index: int, tick) -> None:
+        ctx, method = self.ctx, self.method
+        ctx.stage, stage = index, self.ctx.stages[index]
+        if ctx.step == 0:
+            ctx.epoch = 0
+            method.before_stage(ctx)
+            ctx.cocktail.activate("dense")
+            if stage.start_from:
+                state, _ = read_tensors(self.folder / stage.start_from)
+                ctx.model.load_state_dict(state)
+            ctx.optimizer = self._new_optimizer()
+        ctx.network.train()
+        first = max(ctx.step - 1, 0) // ctx.steps_per_epoch  # the epoch of the last step done
+        for ctx.epoch in range(first, stage.epochs):
+            skip = ctx.step - ctx.epoch * ctx.steps_per_epoch
+            batches = ctx.data.epoch(
+                (self.config.seed, index, ctx.epoch),
+                self.config.batch_size,
+                skip,
+                self.rank,
+                self.world,
+            )
+            for inputs, targets in batches:
+                self._step(inputs, targets, stage.lr(ctx.step))
+                ctx.step += 1
+                tick(f"{stage.name} ({index + 1}/{len(ctx.stages)})")
+                if ctx.step % self.config.log_every == 0:
+                    self._flush_losses(stage)
+                if self.stop_signal is not None or ctx.step % self.config.checkpoint_every == 0:
+                    self._flush_losses(stage)
+                    self._checkpoint()
+                    self._stop_if_asked()
+            method.after_epoch(ctx)
+        self._flush_losses(stage)
+        method.after_stage(ctx)
+        self._report_stage(stage)
+        ctx.stage, ctx.step = index + 1, 0
+        self._checkpoint()
+        self._stop_if_asked()
+
+    def _report_stage(self, stage) -> None:
+        ctx = self.ctx
+        with ctx.timed("evaluate"):
+            of_stage = [n for n, s in ctx.cocktail.subnets.items() if s.stage == ctx.stage]
+            scores = ctx.measure(["dense", *of_stage], "holdout")
+        self.log("stage", name=stage.name, holdout=scores)
+        shown = ", ".join(f"{name} {score:.1f}" for name, score in scores.items())
+        self.console.print(f"[bold]{stage.name}[/bold]: hold-out {shown}")
+
+    # ---- one optimizer step ----------------------------------------------------------------------
+
+    def _step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
+        ctx, method, config = self.ctx, self.method, self.config
+        warmup = length_in_steps(config.warmup, ctx.stages[ctx.stage].epochs, ctx.steps_per_epoch)
+        if ctx.step < warmup:
+            lr *= (ctx.step + 1) / warmup
+        for group in ctx.optimizer.param_groups:
+            group["lr"] = lr
+        if config.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        passes = method.step(ctx)
+        ctx.optimizer.zero_grad(set_to_none=True)
+        parts = list(
+            zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True)
+        )
+        outputs: list[list[Tensor]] = []
+        for index, each in enumerate(passes):
+            last = index == len(passes) - 1
+            outputs.append(self._run_pass(each, parts, outputs, last))
+            method.after_pass(ctx)
+        self.scaler.unscale_(ctx.optimizer)
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(ctx.model.parameters(), config.clip_norm)
+        method.before_step(ctx)
+        with self._frozen(passes):
+            self.scaler.step(ctx.optimizer)
+        self.scaler.update()
+        method.after_step(ctx)
+
+    def _run_pass(self, each: Pass, parts: list, outputs: list, last_pass: bool) -> list[Tensor]:
+        """Forward and backward over the parts of the batch; returns the detached outputs."""
+        ctx = self.ctx
+        teachers: list[Tensor | None] = [None] * len(parts)
+        if each.teacher == "dense":
+            teachers = [self._teach(self._input(each, x)) for x, _ in parts]
+        elif each.teacher is not None:
+            teachers = outputs[each.teacher]
+        ctx.cocktail.activate(each.subnet)
+        for layer in ctx.cocktail.layers.values():
+            layer.dense_grad = each.dense_grad
+        results, losses = [], []
+        for index, ((x, target), teacher) in enumerate(zip(parts, teachers, strict=True)):
+            synchronised = last_pass and index == len(parts) - 1
+            with nullcontext() if synchronised or self.world == 1 else ctx.network.no_sync():
+                with self._autocast():
+                    output = ctx.network(self._input(each, x))
+                    loss = self._loss(each, output, target, teacher)
+                self.scaler.scale(loss * (each.weight / len(parts))).backward()
+            results.append(output.detach())
+            losses.append(loss.detach())
+        self._losses.append((ctx.step, each.subnet, torch.stack(losses).mean()))
+        return results
+
+    @staticmethod
+    def _input(each: Pass, x: Tensor) -> Tensor:
+        return x if each.transform is None else each.transform(x)
+
+    def _loss(self, each: Pass, output: Tensor, target: Tensor, teacher: Tensor | None) -> Tensor:
+        if each.loss is not None:
+            return each.loss(output, target, teacher)
+        loss = self.task.loss(output, target)
+        if teacher is None:
+            return loss
+        return 0.5 * (loss + self.task.distill(output, teacher))  # Sparse Cocktail, Eq. 1
+
+    @torch.no_grad()
+    def _teach(self, x: Tensor) -> Tensor:
+        """The dense network's output in batch statistics; running statistics stay untouched."""
+        self.ctx.cocktail.activate("dense")
+        with frozen_statistics(self.ctx.model), self._autocast():
+            return self.ctx.model(x)
+
+    def _autocast(self):
+        dtype = _AUTOCAST.get(self.config.precision)
+        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
+
+    @contextmanager
+    def _frozen(self, passes: list[Pass]) -> Iterator[None]:
+        """Undo what the optimizer does to weights (and their momentum) that no pass kept."""
+        cocktail, optimizer = self.ctx.cocktail, self.ctx.optimizer
+        rows = {cocktail.subnets[each.subnet].row for each in passes}
+        dense = None in rows or any(each.dense_grad for each in passes)
+        if dense or self.config.mask_update == "shared":
+            yield
+            return
+        saved = []
+        for index, layer in enumerate(cocktail.layers.values()):
+            bits = [cocktail.bank.views(row)[index] for row in rows]
+            kept = ops.unpack_mask(_union(bits), layer.weight.shape)
+            state = optimizer.state.get(layer.weight, {})
+            buffers = {k: v.clone() for k, v in state.items() if _is_like(v, layer.weight)}
+            saved.append((layer.weight, kept, layer.weight.detach().clone(), buffers))
+        yield
+        with torch.no_grad():
+            for weight, kept, before, buffers in saved:
+                weight.copy_(torch.where(kept, weight, before))
+                for key, value in optimizer.state.get(weight, {}).items():
+                    if _is_like(value, weight):
+                        value.copy_(torch.where(kept, value, buffers.get(key, 0.0)))
+
+    # ---- logs, checkpoints, signals --------------------------------------------------------------
+
+    def _flush_losses(self, stage) -> None:
+        """Write the collected losses; stop at the first one that is not finite."""
+        if not self._losses:
+            return
+        values = torch.stack([loss.float() for *_, loss in self._losses]).tolist()
+        lines: dict[str, list[float]] = {}
+        for (step, subnet, _), value in zip(self._losses, values, strict=True):
+            if not np.isfinite(value):
+                self._losses.clear()
+                raise FloatingPointError(
+                    f"the loss of {subnet} is {value} at step {step} of {stage.name} (stage "
+                    f"{self.ctx.stage}); the last good checkpoint is {self.folder / CHECKPOINT}: "
+                    "lower lr, add warmup or clip_norm, or check the data for NaN"
+                )
+            lines.setdefault(subnet, []).append(value)
+        self._losses.clear()
+        lr = self.ctx.optimizer.param_groups[0]["lr"]
+        self.log("train", lr=lr, loss={k: sum(v) / len(v) for k, v in lines.items()})
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to log.jsonl (and TensorBoard)."""
+        ctx = getattr(self, "ctx", None)
+        if ctx is None or self.rank != 0:
+            return
+        where = {"stage": ctx.stage, "epoch": ctx.epoch, "step": ctx.step}
+        self.log_file.write(json.dumps({"event": event, **where, **values}) + "\n")
+        self.log_file.flush()
+        if self.board is not None and event == "train":
+            step = ctx.step + sum(s.epochs for s in ctx.stages[: ctx.stage]) * ctx.steps_per_epoch
+            self.board.add_scalar("lr", values["lr"], step)
+            for name, loss in values["loss"].items():
+                self.board.add_scalar(f"loss/{name}", loss, step)
+
+    def _checkpoint(self) -> None:
+        ctx = self.ctx
+        ctx.seconds["total"] = self._clock()
+        with ctx.cocktail.using("dense"):
+            model = dict(ctx.model.state_dict())
+        tree = {
+            "stage": ctx.stage,
+            "step": ctx.step,
+            "log_bytes": self.log_file.tell(),
+            "seconds": ctx.seconds,
+            "model": model,
+            "cocktail": ctx.cocktail.state(),
+            "optimizer": ctx.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "method": self.method.state,
+            "random": {
+                "cpu": torch.get_rng_state(),
+                "device": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            },
+        }
+        if self.rank == 0:
+            save_checkpoint(self.folder / CHECKPOINT, tree)
+
+    def _restore(self, tree: dict[str, Any]) -> None:
+        ctx = self.ctx
+        ctx.stage, ctx.step, ctx.seconds = tree["stage"], tree["step"], tree["seconds"]
+        ctx.model.load_state_dict(tree["model"])
+        ctx.cocktail.restore(tree["cocktail"])
+        restore_dataclass(self.method.state, tree["method"])
+        ctx.optimizer = self._new_optimizer()
+        ctx.optimizer.load_state_dict(tree["optimizer"])
+        if tree["scaler"]:
+            self.scaler.load_state_dict(tree["scaler"])
+        torch.set_rng_state(tree["random"]["cpu"])
+        if tree["random"]["device"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(tree["random"]["device"])
+        self.log_file.truncate(tree["log_bytes"])  # lines after the checkpoint are written again
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Turn SIGTERM and Ctrl-C into a checkpoint at the next step's end."""
+
+        def remember(number, _) -> None:
+            self.stop_signal = number
+
+        try:
+            before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: signals are the caller's
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop_if_asked(self) -> None:
+        if self.stop_signal is not None:
+            raise Interrupted(
+                f"stopped by {signal.Signals(self.stop_signal).name} at step {self.ctx.step} of "
+                f"stage {self.ctx.stage}; go on with --resume --out {self.folder}"
+            )
+
+    # ---- results ---------------------------------------------------------------------------------
+
+    def _results(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
+        ctx, config = self.ctx, self.config
+        rows = []
+        for row in ctx.cocktail.summary(ctx.data.test.inputs[:1]):
+            score = scores[row["name"]]
+            rows.append(
+                {
+                    "name": row["name"],
+                    "pattern": row["pattern"],
+                    "sparsity": row["sparsity"],
+                    "accuracy": score["accuracy"],
+                    "accuracy_own": score.get("accuracy_own"),
+                    "accuracy_interpolated": score.get("accuracy_interpolated"),
+                    "nnz": row["nnz"],
+                    "parameters": row["parameters"],
+                    "flops": row["flops"],
+                }
+            )
+        return {
+            "format": 1,
+            "method": config.method,
+            "data": ctx.data.name,
+            "model": config.model,
+            "seed": config.seed,
+            "config": {**dataclasses.asdict(config), **dataclasses.asdict(self.options)},
+            "seconds": {name: round(value, 3) for name, value in ctx.seconds.items()},
+            "subnets": rows,
+            "method_state": dataclasses.asdict(self.method.state),
+        }
+
+
+def _union(bits: list[Tensor]) -> Tensor:
+    union = bits[0]
+    for other in bits[1:]:
+        union = ops.mask_or(union, other)
+    return union
+
+
+def _is_like(value: Any, weight: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == weight.shape

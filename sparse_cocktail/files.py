@@ -1,0 +1,76 @@
+"""Files that survive a crash: written beside, synced, renamed over the old one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+__all__ = ["read_tensors", "write_atomic", "write_json", "write_tensors"]
+
+
+def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
+    """Call `write(file)` on a new binary file beside `path`, sync it and rename it to `path`.
+
+    When anything fails (a full disk, an interrupt), the old file at `path` is untouched and the
+    partial one is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} was not written ({error.strerror}); the previous file, if any, is unchanged",
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY)  # the rename itself must survive a power cut
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: JSON has none."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: dict[str, torch.Tensor], header: dict[str, str]
+) -> None:
+    """Write one safetensors file, atomically. Tensors are stored contiguous, from the CPU."""
+    stored = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    data = serialize(stored, metadata=header)
+    write_atomic(path, lambda file: file.write(data))
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read all tensors and the header of one safetensors file, on the CPU.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated or of another kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; check the path of the file to load")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no whole safetensors file ({error}); it was truncated or is of another "
+            "kind: take a complete copy"
+        ) from error

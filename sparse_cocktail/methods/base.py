@@ -1,0 +1,203 @@
+"""What a training method is to the engine: stages, passes, hooks, and a state that can be saved.
+
+A method subclasses `Method` and overrides what it needs. The engine (`train.py`) owns optimizers,
+schedules, rewinding, precision, checkpoints and logs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cocktail import Cocktail
+from ..data import Data, generator_for
+from ..recalibrate import recalibrate
+from ..tasks import Task
+
+__all__ = ["Context", "Method", "Pass", "Stage"]
+
+
+@dataclass
+class Stage:
+    """One run of the loop with its own optimizer and schedule.
+
+    Attributes:
+        name: shown to the user.
+        epochs: length.
+        lr: learning rate as a function of the step within the stage.
+        start_from: file in the run's folder whose weights are loaded first; None goes on with the
+            present ones.
+    """
+
+    name: str
+    epochs: int
+    lr: Callable[[int], float]
+    start_from: str | None = None
+
+
+@dataclass
+class Pass:
+    """One forward and backward inside an optimizer step; gradients of a step's passes add up.
+
+    Attributes:
+        subnet: name of the subnet that computes.
+        weight: factor of its loss.
+        teacher: distil from "dense" (a forward without gradient in batch statistics) or from an
+            earlier pass of the same step, by index; the loss is then half task, half distillation.
+        loss: replaces the loss; called as loss(output, target, teacher_output).
+        transform: changes the input.
+        dense_grad: give pruned weights their straight-through gradient.
+    """
+
+    subnet: str
+    weight: float = 1.0
+    teacher: str | int | None = None
+    loss: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    transform: Callable[[Tensor], Tensor] | None = None
+    dense_grad: bool = False
+
+
+@dataclass
+class Context:
+    """What hooks see. `step`, `epoch`, `stage` are zero-based; `step` counts within the stage."""
+
+    config: Any
+    options: Any
+    cocktail: Cocktail
+    data: Data
+    task: Task
+    folder: Path
+    device: torch.device
+    network: nn.Module  # the model as trained: possibly compiled and distributed
+    log: Callable[..., None]
+    stages: list[Stage] = field(default_factory=list)
+    optimizer: torch.optim.Optimizer | None = None
+    stage: int = 0
+    epoch: int = 0
+    step: int = 0
+    steps_per_epoch: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model."""
+        return self.cocktail.model
+
+    @property
+    def step_in_epoch(self) -> int:
+        return self.step - self.epoch * self.steps_per_epoch
+
+    def generator(self) -> torch.Generator:
+        """Random numbers that depend on the seed and the position in the run only."""
+        return generator_for(self.config.seed, self.stage, self.step, 1)
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Add the seconds spent inside to `seconds[what]`."""
+        start = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
+
+    # ---- measuring subnets -----------------------------------------------------------------------
+
+    def calibration(self, samples: int | None = None) -> list[Tensor]:
+        """Batches for BatchNorm statistics; the config's number of samples by default."""
+        samples = self.config.recalibrate_samples if samples is None else samples
+        return self.data.calibration(samples, max(self.config.batch_size, 256))
+
+    @torch.no_grad()
+    def accuracy(self, split: str) -> float:
+        """Mean metric of the active subnet on "holdout" or "test", in percent."""
+        training = self.model.training
+        self.model.eval()
+        total, count = 0.0, 0
+        for inputs, targets in getattr(self.data, split).batches(1024):
+            score, samples = self.task.metric(self.model(inputs), targets)
+            total, count = total + float(score), count + samples
+        self.model.train(training)
+        return 100.0 * total / count
+
+    def measure(
+        self, names: list[str], split: str, calibration: list[Tensor] | None = None
+    ) -> dict[str, float]:
+        """Accuracy of subnets with the present weights, statistics recalibrated for each.
+
+        The model's own statistics and its active subnet are as before afterwards. An empty
+        `calibration` list measures with the statistics the model holds.
+        """
+        batches = self.calibration() if calibration is None else calibration
+        scores = {}
+        with self.cocktail.preserved_statistics():
+            for name in names:
+                self.cocktail.activate(name)
+                if batches:
+                    recalibrate(self.model, batches)
+                scores[name] = self.accuracy(split)
+        return scores
+
+
+class Method:
+    """Base of all methods. `Options` are its recipe fields, `State` is what a resume needs."""
+
+    @dataclass
+    class Options:
+        """Recipe fields of the method."""
+
+    @dataclass
+    class State:
+        """Tree of dataclasses, dicts, lists, tensors, numbers and strings; saved in checkpoints."""
+
+    def __init__(self) -> None:
+        self.state = self.State()
+
+    def plan(self, ctx: Context) -> list[Stage]:
+        """The stages of the run."""
+        raise TypeError(f"{type(self).__name__} must override plan(ctx)")
+
+    def step(self, ctx: Context) -> list[Pass]:
+        """The passes of the next optimizer step."""
+        raise TypeError(f"{type(self).__name__} must override step(ctx)")
+
+    def before_stage(self, ctx: Context) -> None:
+        """Before the stage's weights are reset to `start_from`: the place to make masks."""
+
+    def after_stage(self, ctx: Context) -> None:
+        """After the last epoch of a stage: the place to collect weights."""
+
+    def after_pass(self, ctx: Context) -> None:
+        """After one pass's backward."""
+
+    def before_step(self, ctx: Context) -> None:
+        """With all gradients of the step, synchronised and unscaled."""
+
+    def after_step(self, ctx: Context) -> None:
+        """After the optimizer step."""
+
+    def after_epoch(self, ctx: Context) -> None:
+        """After an epoch; `ctx.epoch` is the epoch that ended."""
+
+    def finish(self, ctx: Context) -> dict[str, dict[str, float]]:
+        """Recalibrate and measure every subnet; the only place that reads the test set.
+
+        Returns {subnet: {"accuracy": percent, and optionally "accuracy_own",
+        "accuracy_interpolated"}}.
+        """
+        return {name: {"accuracy": acc} for name, acc in self.final_accuracies(ctx).items()}
+
+    def final_accuracies(self, ctx: Context) -> dict[str, float]:
+        """Recalibrate every subnet for good and measure it on the test set."""
+        scores = {}
+        for name, subnet in ctx.cocktail.subnets.items():
+            ctx.cocktail.recalibrate(name, ctx.calibration())
+            with ctx.cocktail.using(name):
+                scores[name] = subnet.accuracy = ctx.accuracy("test")
+        return scores

@@ -1,0 +1,487 @@
+"""Drop-in layers that compute with a packed mask, and `convert`, which puts them into a model.
+
+A masked layer is its torch.nn parent as long as no mask is set: same constructor, same state-dict
+keys, same code path. With a mask it keeps one dense weight and one bit per weight, nothing else.
+An output channel whose weights are all pruned is silent: its bias, and the BatchNorm that follows
+it, are masked too, so that the masked network equals the physically slimmed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .ops.dispatch import check_bits
+from .patterns import Pattern, parse
+from .reference import bits_shape
+from .selection import eligible, magnitude_masks
+
+__all__ = [
+    "Conversion",
+    "MaskedBatchNorm2d",
+    "MaskedConv2d",
+    "MaskedLinear",
+    "convert",
+    "masked_layers",
+]
+
+
+class _Masked:
+    """What MaskedLinear and MaskedConv2d share: one mask buffer of fixed address, and its manners.
+
+    `masked` says whether the mask is in force; `mask_bits` is allocated once and then overwritten
+    in place, so compiled and captured graphs see every new mask without being made again.
+    """
+
+    weight: nn.Parameter
+    mask_bits: Tensor
+    live: Tensor
+
+    def _init_mask(self) -> None:
+        self.masked = False
+        self.dense_grad = False
+        weight = self.weight
+        bits = torch.zeros(bits_shape(weight.shape), dtype=torch.int32, device=weight.device)
+        self.register_buffer("mask_bits", bits, persistent=False)
+        live = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
+        self.register_buffer("live", live, persistent=False)
+
+    def set_mask(self, mask: Tensor | Pattern | str | None) -> None:
+        """Set or clear the mask, in place.
+
+        Args:
+            mask: a bool tensor of the weight's shape, packed int32 bits, a pattern or its name
+                (then the mask is made from the weight's magnitudes), or None for dense.
+
+        Raises:
+            ValueError, TypeError: for a wrong shape or dtype, or a pattern the layer cannot take.
+        """
+        if mask is None:
+            self.masked = False
+            return
+        if not isinstance(mask, Tensor):
+            pattern = parse(mask)
+            if reason := eligible(self.weight.shape, pattern):
+                raise ValueError(
+                    f"set_mask: this layer cannot take the pattern {pattern}: {reason}; pad the "
+                    "layer or leave it dense"
+                )
+            mask = magnitude_masks([self.weight], pattern)[0]
+        if mask.dtype == torch.bool:
+            if mask.shape != self.weight.shape:
+                raise ValueError(
+                    f"set_mask: mask has shape {tuple(mask.shape)}, but the weight has "
+                    f"{tuple(self.weight.shape)}; they must be equal"
+                )
+            mask = ops.pack_mask(mask)
+        check_bits("set_mask", mask, bits_shape(self.weight.shape), "mask")
+        with torch.no_grad():
+            self.mask_bits.copy_(mask)
+            self.live.copy_(self.mask_bits.flatten(1).ne(0).any(1))
+        self.masked = True
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The bool mask, of the weight's shape, or None while dense."""
+        return ops.unpack_mask(self.mask_bits, self.weight.shape) if self.masked else None
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that is kept."""
+        if not self.masked:
+            return 1.0
+        return int(ops.mask_count(self.mask_bits)) / max(self.weight.numel(), 1)
+
+    def _live_bias(self) -> Tensor | None:
+        return None if self.bias is None else self.bias * self.live
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.masked:
+            destination[prefix + "mask_bits"] = self.mask_bits.clone()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:
+        bits = state_dict.pop(prefix + "mask_bits", None)  # state_dict is this module's own copy
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if bits is not None:
+            try:
+                self.set_mask(bits.to(self.mask_bits.device))
+            except (ValueError, TypeError) as error:
+                rest[-1].append(f"{prefix}mask_bits: {error}")
+        elif self.masked and strict:
+            missing.append(prefix + "mask_bits")
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", density={self.density:.4f}" if self.masked else "")
+
+    def _copy_of(self, layer: nn.Module) -> None:
+        """Take over another layer's parameters, mode and hooks: the very same Parameter objects."""
+        self.weight, self.bias = layer.weight, layer.bias
+        device = layer.weight.device  # the constructor ran on "meta", where nothing is allocated
+        self.mask_bits = torch.zeros_like(self.mask_bits, device=device)
+        self.live = torch.ones_like(self.live, device=device)
+        self.train(layer.training)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            getattr(self, hooks).update(getattr(layer, hooks))
+
+    def _baked(self, plain: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            weight, bias = self.weight, self.bias
+            if self.masked:
+                weight = ops.masked_weight(weight, self.mask_bits)
+                bias = self._live_bias()
+            plain.weight = nn.Parameter(weight.detach().clone())
+            plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        return plain.train(self.training)
+
+
+class MaskedLinear(_Masked, nn.Linear):
+    """nn.Linear with an optional packed mask. See `_Masked.set_mask`, `mask`, `density`."""
+
+    def __init__(self, in_features, out_features, bias=True, device=None, dtype=None) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._init_mask()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.masked:
+            return super().forward(x)
+        return ops.masked_linear(x, self.weight, self.mask_bits, self._live_bias(), self.dense_grad)
+
+    @classmethod
+    def from_dense(cls, layer: nn.Linear) -> MaskedLinear:
+        """A masked layer that shares the parameters of `layer`."""
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
+        made._copy_of(layer)
+        return made
+
+    def to_dense(self) -> nn.Linear:
+        """A plain nn.Linear with its own parameters, the mask baked in as zeros."""
+        bias = self.bias is not None
+        return self._baked(nn.Linear(self.in_features, self.out_features, bias, "meta"))
+
+
+class MaskedConv2d(_Masked, nn.Conv2d):
+    """nn.Conv2d with an optional packed mask. See `_Masked.set_mask`, `mask`, `density`."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._init_mask()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.masked:
+            return super().forward(x)
+        x, padding = self._pad(x)
+        return ops.masked_conv2d(
+            x,
+            self.weight,
+            self.mask_bits,
+            self._live_bias(),
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            self.dense_grad,
+        )
+
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Symmetric zero padding is left to the convolution; every other kind is done here."""
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        if self.padding_mode != "zeros":
+            return F.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
+        if left == right and top == bottom:
+            return x, (top, left)
+        return F.pad(x, (left, right, top, bottom)), (0, 0)
+
+    @staticmethod
+    def _arguments(layer: nn.Conv2d) -> dict:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+        arguments = {n: getattr(layer, n) for n in (*names, "groups", "padding_mode")}
+        return {**arguments, "bias": layer.bias is not None, "device": "meta"}
+
+    @classmethod
+    def from_dense(cls, layer: nn.Conv2d) -> MaskedConv2d:
+        """A masked layer that shares the parameters of `layer`."""
+        made = cls(**cls._arguments(layer))
+        made._copy_of(layer)
+        return made
+
+    def to_dense(self) -> nn.Conv2d:
+        """A plain nn.Conv2d with its own parameters, the mask baked in as zeros."""
+        return self._baked(nn.Conv2d(**self._arguments(self)))
+
+
+class MaskedBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d whose output is exactly zero on the channels that the masked conv pruned.
+
+    `live` (bool, one per channel) multiplies the output; it is folded into scale and shift, which
+    costs nothing and leaves the shared parameters alone. `source` names the convolution it follows.
+    """
+
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.masked = False
+        self.source: str | None = None
+        live = torch.ones(num_features, dtype=torch.bool, device=device)
+        self.register_buffer("live", live, persistent=False)
+
+    def set_live(self, live: Tensor | None) -> None:
+        """Silence the channels where `live` (bool, (num_features,)) is False; None = all live."""
+        self.masked = live is not None
+        if live is not None:
+            self.live.copy_(live)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.masked:
+            return super().forward(x)
+        self._check_input_dim(x)
+        batch_statistics = self.training or self.running_mean is None
+        update = self.training and self.track_running_stats
+        momentum = self.momentum
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if momentum is None:  # cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        use_running = update or not batch_statistics
+        live = self.live.to(x.dtype if self.weight is None else self.weight.dtype)
+        y = F.batch_norm(
+            x,
+            self.running_mean if use_running else None,
+            self.running_var if use_running else None,
+            live if self.weight is None else self.weight * live,
+            None if self.bias is None else self.bias * live,
+            batch_statistics,
+            0.0 if momentum is None else momentum,
+            self.eps,
+        )
+        return y
+
+    @classmethod
+    def from_dense(cls, layer: nn.BatchNorm2d) -> MaskedBatchNorm2d:
+        """A masked BatchNorm that shares the parameters and buffers of `layer`."""
+        made = cls(
+            layer.num_features, layer.eps, layer.momentum, layer.affine, layer.track_running_stats
+        )
+        made.weight, made.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(made, name, buffer)
+        device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
+        return made.to(device).train(layer.training)
+
+    def to_dense(self) -> nn.BatchNorm2d:
+        """A plain nn.BatchNorm2d with its own parameters, silent channels baked in as zeros."""
+        plain = nn.BatchNorm2d(
+            self.num_features,
+            self.eps,
+            self.momentum,
+            self.affine or self.masked,
+            self.track_running_stats,
+        )
+        with torch.no_grad():
+            if plain.affine:
+                live = self.live.float() if self.masked else torch.ones_like(self.live).float()
+                weight = live if self.weight is None else self.weight * live
+                bias = live * 0 if self.bias is None else self.bias * live
+                plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+            for name, buffer in self.named_buffers(recurse=False):
+                if name != "live" and buffer is not None:
+                    setattr(plain, name, buffer.clone())
+        return plain.train(self.training)
+
+
+# ---- convert -------------------------------------------------------------------------------------
+
+_SWAPS = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+    nn.BatchNorm2d: MaskedBatchNorm2d,
+}
+_READS_WEIGHT = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass
+class Conversion:
+    """What `convert` did: names of masked layers, and the layers it left with the reason."""
+
+    masked: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def masked_layers(model: nn.Module) -> dict[str, MaskedLinear | MaskedConv2d]:
+    """The masked layers of a model by name, in registration order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, (MaskedLinear, MaskedConv2d))}
+
+
+def convert(
+    model: nn.Module,
+    skip: Callable[[str, nn.Module], bool] | Iterable[str] | None = None,
+    example_input: Tensor | tuple | None = None,
+    channels_last: bool = False,
+) -> nn.Module:
+    """Swap nn.Linear, nn.Conv2d and nn.BatchNorm2d for their masked forms, in place.
+
+    Parameters stay the same objects, so an existing optimizer stays valid. The first convolution
+    stays dense. Layers are left, with the reason in `model.conversion.left`, when their parent
+    reads the weight itself, when their weight is tied to another layer, when they are of a
+    subclass, and when `skip` says so. Channels that a convolution prunes are silenced in the
+    BatchNorm behind it; these pairs come from one recorded forward when `example_input` is given,
+    else from the order of registration.
+
+    Args:
+        model: any module.
+        skip: names to leave dense, or a function (name, module) -> bool.
+        example_input: a tensor (or tuple of arguments) for one forward in eval mode.
+        channels_last: re-lay 4-D weights in channels_last under the same Parameters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when `skip` names a layer that is not there, or nothing could be converted.
+    """
+    report = Conversion()
+    names = dict(model.named_modules())
+    reasons = _reasons_to_leave(model, names, skip)
+    for name, module in names.items():
+        if type(module) not in _SWAPS or name == "":
+            continue
+        if name in reasons and not isinstance(module, nn.BatchNorm2d):
+            report.left[name] = reasons[name]
+            continue
+        parent, _, child = name.rpartition(".")
+        made = _SWAPS[type(module)].from_dense(module)
+        setattr(names[parent], child, made)
+        if not isinstance(module, nn.BatchNorm2d):
+            report.masked.append(name)
+    if not report.masked:
+        raise ValueError(
+            f"convert: no layer of {type(model).__name__} was converted (left: {report.left}); the "
+            "model needs nn.Linear or nn.Conv2d layers beyond its first convolution"
+        )
+    if channels_last:
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    pairs = _recorded_pairs(model, example_input) if example_input is not None else None
+    for norm, source in (_registered_pairs(model) if pairs is None else pairs).items():
+        model.get_submodule(norm).source = source
+    model.conversion = report
+    return model
+
+
+def _reasons_to_leave(model, names, skip) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    convolutions = [n for n, m in names.items() if isinstance(m, nn.Conv2d)]
+    if convolutions:
+        reasons[convolutions[0]] = "first convolution"
+    if skip is not None and not callable(skip):
+        wanted = set(skip)
+        if unknown := sorted(wanted - set(names)):
+            raise ValueError(
+                f"convert: skip names {unknown}, which the model does not have; its layers are "
+                f"{[n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))]}"
+            )
+        skip = lambda name, _: any(name == w or name.startswith(w + ".") for w in wanted)  # noqa: E731
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(getattr(module, "weight", None), nn.Parameter):
+                owners.setdefault(id(module.weight), []).append(name)  # e.g. a tied embedding
+            continue
+        owners.setdefault(id(module.weight), []).append(name)
+        if not isinstance(module.weight, nn.Parameter):
+            reasons[name] = "its weight is computed (pruned or re-parametrised), not a Parameter"
+        if skip is not None and skip(name, module):
+            reasons[name] = "skipped on request"
+        parents = [names[name[:i]] for i, c in enumerate(name) if c == "."]
+        if reader := next((p for p in parents if isinstance(p, _READS_WEIGHT)), None):
+            reasons[name] = f"{type(reader).__name__} reads its weight directly"
+        if type(module) not in _SWAPS:
+            reasons[name] = f"subclass {type(module).__name__}"
+    for shared in owners.values():
+        for name in shared if len(shared) > 1 else ():
+            reasons[name] = f"weight tied between {', '.join(shared)}"
+    return reasons
+
+
+def _registered_pairs(model: nn.Module) -> dict[str, str]:
+    """BatchNorm name -> the convolution registered just before it, where the widths agree."""
+    pairs, previous = {}, None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            previous = (name, module)
+        elif isinstance(module, MaskedBatchNorm2d) and previous is not None:
+            source, convolution = previous
+            same_width = convolution.out_channels == module.num_features
+            if isinstance(convolution, MaskedConv2d) and same_width:
+                pairs[name] = source
+            previous = None
+    return pairs
+
+
+def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]:
+    """BatchNorm name -> the convolution whose very output it received in one forward."""
+    produced: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so its id stays unique
+    pairs: dict[str, str] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedConv2d):
+
+            def remember(_, inputs, output, name=name):
+                produced[id(output)] = (name, output)
+
+            handles.append(module.register_forward_hook(remember))
+        elif isinstance(module, MaskedBatchNorm2d):
+
+            def pair(_, inputs, name=name):
+                if id(inputs[0]) in produced:
+                    pairs[name] = produced[id(inputs[0])][0]
+
+            handles.append(module.register_forward_pre_hook(pair))
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return pairs

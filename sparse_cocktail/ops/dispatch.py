@@ -1,0 +1,193 @@
+"""One place that defines ops and chooses who computes them.
+
+Every op is one `torch.library` op with a schema, a fake and, if it is differentiable, a gradient.
+Its only kernel is the chooser below, which calls one of the op's implementations:
+
+    reference   plain PyTorch, any device (always there)
+    cpp         csrc/cpu, CPU tensors, when the extension is built
+    triton      kernels/, CUDA tensors (CPU tensors under TRITON_INTERPRET=1)
+    cuda        csrc/cuda, CUDA tensors, when built
+
+The choice is made at run time, inside the op, so a forced backend also holds in compiled graphs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "backend", "implementations", "extension_path"]
+
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_library = torch.library.Library("sparse_cocktail", "DEF")
+_implementations: dict[str, dict[str, Callable]] = {}
+_forced: str | None = None  # one for all threads: a backward pass on CUDA runs in another thread
+
+
+def _load_extension() -> Path | None:
+    found = sorted(Path(__file__).parent.parent.glob("_C*.so"))
+    if not found:
+        return None
+    torch.ops.load_library(str(found[0]))
+    return found[0]
+
+
+extension_path = _load_extension()
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force one backend for every op inside the `with` block: reference, cpp, triton or cuda.
+
+    An op that has no such implementation raises ValueError when it is called.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"ops.backend: name={name!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if name == "cpp" and extension_path is None:
+        raise ValueError(
+            "ops.backend: name='cpp' needs the C++ extension, which is not built; run "
+            "'pip install --no-build-isolation -e .' in the checkout"
+        )
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def implementations(op: str) -> tuple[str, ...]:
+    """Backends that implement an op here, the fallback `reference` first."""
+    return tuple(_implementations[op])
+
+
+def _choose(op: str, device: torch.device) -> Callable:
+    table = _implementations[op]
+    if _forced is not None:
+        if _forced not in table:
+            raise ValueError(
+                f"{op}: backend {_forced!r} is forced but does not implement it; it has "
+                f"{', '.join(table)}"
+            )
+        return table[_forced]
+    if device.type == "cpu":
+        return table.get("cpp", table["reference"])
+    if device.type == "cuda":
+        return table.get("cuda", table.get("triton", table["reference"]))
+    return table["reference"]
+
+
+def _device(arguments: tuple) -> torch.device:
+    for value in arguments:
+        if isinstance(value, Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return value[0].device
+    return torch.device("cpu")
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    check: Callable,
+    cpp: Callable | None = None,
+    triton: Callable | None = None,
+) -> Callable:
+    """Define one op. `check(*args)` raises on bad input, for real and fake tensors alike.
+
+    Args:
+        schema: as in torch.library, without the namespace.
+        reference, cpp, triton: implementations with the op's arguments.
+        fake: shapes and dtypes of the outputs, without data.
+
+    Returns:
+        The callable op.
+    """
+    op = schema.partition("(")[0]
+    table = {"reference": reference}
+    if cpp is not None and extension_path is not None:
+        table["cpp"] = cpp
+    if triton is not None:
+        table["triton"] = triton
+    _implementations[op] = table
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def kernel(*args):
+        check(*args)
+        return _choose(op, _device(args))(*args)
+
+    def checked_fake(*args):
+        check(*args)
+        return fake(*args)
+
+    _library.impl(op, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_cocktail::{op}", checked_fake, lib=_library)
+    return getattr(torch.ops.sparse_cocktail, op).default
+
+
+def gradient(op: str, backward: Callable, setup_context: Callable) -> None:
+    """Attach a gradient to an op defined here."""
+    torch.library.register_autograd(
+        f"sparse_cocktail::{op}", backward, setup_context=setup_context, lib=_library
+    )
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# ---- checks shared by the families ---------------------------------------------------------------
+
+
+def check_weight(op: str, weight: Tensor, name: str = "weight") -> None:
+    if weight.dim() < 2:
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(weight.shape)}, but a weight has at least the 2 "
+            "dimensions (out, in); leave vectors such as biases out"
+        )
+    if weight.dtype not in DTYPES:
+        raise TypeError(
+            f"{op}: {name} has dtype {weight.dtype}, which is not one of float32, bfloat16, "
+            "float16, float64; convert it first"
+        )
+
+
+def check_weights(op: str, weights: list[Tensor]) -> None:
+    for index, weight in enumerate(weights):
+        check_weight(op, weight, f"weights[{index}]")
+        for what in ("device", "dtype"):
+            if getattr(weight, what) != getattr(weights[0], what):
+                raise ValueError(
+                    f"{op}: weights[{index}] has {what} {getattr(weight, what)}, but weights[0] "
+                    f"has {getattr(weights[0], what)}; one call takes weights of one {what}"
+                )
+
+
+def check_bits(op: str, bits: Tensor, shape: tuple[int, int, int], name: str = "bits") -> None:
+    if bits.dtype != torch.int32:
+        raise TypeError(
+            f"{op}: {name} has dtype {bits.dtype}, but mask bits are int32 words; make them with "
+            "ops.pack_mask(mask)"
+        )
+    if tuple(bits.shape) != tuple(shape):
+        raise ValueError(
+            f"{op}: {name} has shape {tuple(bits.shape)}, but this weight has mask bits "
+            f"(out, taps, ceil(in / 32)) = {tuple(shape)}; make them with ops.pack_mask(mask)"
+        )
+
+
+def check_same_length(op: str, weights: list[Tensor], other: list, name: str) -> None:
+    if len(other) != len(weights):
+        raise ValueError(
+            f"{op}: {name} has {len(other)} entries for {len(weights)} weights; give one each"
+        )

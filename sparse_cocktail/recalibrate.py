@@ -1,0 +1,79 @@
+"""BatchNorm statistics of a network, estimated again from batches of its own activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["frozen_statistics", "norm_layers", "recalibrate"]
+
+
+def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The normalisation layers of a model that keep running statistics, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, a forward in training mode normalises by its batch and updates no statistics."""
+    layers = [m for m in norm_layers(model).values() if m.track_running_stats]
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Reset the running statistics and set them to the plain average over the batches.
+
+    Only normalisation layers are in training mode meanwhile (dropout is off). With
+    torch.distributed initialised, statistics are averaged over the ranks. Momentum and modes are as
+    before afterwards. A model without BatchNorm is left alone.
+
+    Args:
+        model: the network, with the mask of its subnet active.
+        batches: inputs of the model, on its device.
+
+    Raises:
+        ValueError: when there is no batch.
+    """
+    layers = list(norm_layers(model).values())
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = [layer.momentum for layer in layers]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    try:
+        count = 0
+        for batch in batches:
+            model(batch)
+            count += 1
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    if count == 0:
+        raise ValueError("recalibrate: batches is empty; give at least one batch of inputs")
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        for layer in layers:
+            for statistic in (layer.running_mean, layer.running_var):
+                dist.all_reduce(statistic)
+                statistic /= dist.get_world_size()

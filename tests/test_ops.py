@@ -1,0 +1,306 @@
+"""Every op: opcheck, the choice of backend, and errors that name op, argument, value and rule."""
+
+import pytest
+import torch
+
+from sparse_cocktail import ops
+
+NAMESPACE = torch.ops.sparse_cocktail
+
+
+def defined_ops():
+    names = torch._C._dispatch_get_all_op_names()
+    return sorted(n.partition("::")[2] for n in names if n.startswith("sparse_cocktail::"))
+
+
+def weight_of(*shape, dtype=torch.float32, grad=True):
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def bits_of(*shape):
+    return ops.pack_mask(torch.rand(shape) < 0.5)
+
+
+def channels_last(tensor):
+    return tensor.detach().to(memory_format=torch.channels_last).requires_grad_()
+
+
+# ---- opcheck -------------------------------------------------------------------------------------
+
+
+def _linear_samples():
+    yield weight_of(3, 5), weight_of(4, 5), bits_of(4, 5), None, False
+    yield weight_of(5), weight_of(4, 5), bits_of(4, 5), weight_of(4), True
+    yield weight_of(0, 5), weight_of(4, 5), bits_of(4, 5), weight_of(4), False
+    yield weight_of(5, 2, 3).permute(2, 1, 0), weight_of(4, 5), bits_of(4, 5), None, False
+    x = weight_of(2, 3, 33, dtype=torch.bfloat16)
+    yield x, weight_of(7, 33), bits_of(7, 33), weight_of(7), False
+
+
+def _conv_samples():
+    one, two, none = [1, 1], [2, 1], [0, 0]
+    x, weight, bits = weight_of(2, 4, 6, 7), weight_of(6, 4, 3, 3), bits_of(6, 4, 3, 3)
+    yield x, weight, bits, None, one, none, one, 1, False
+    yield x, weight, bits, weight_of(6), two, [1, 2], [1, 2], 1, True
+    yield x, weight_of(6, 2, 3, 3), bits_of(6, 2, 3, 3), None, one, one, one, 2, False
+    yield channels_last(x), channels_last(weight), bits, weight_of(6), one, one, one, 1, False
+    half = weight_of(2, 4, 6, 7, dtype=torch.bfloat16)
+    yield half, channels_last(weight), bits, weight_of(6), one, one, one, 1, False
+
+
+def _weight_samples():
+    yield weight_of(5, 33), bits_of(5, 33), None
+    yield weight_of(5, 33), bits_of(5, 33), torch.bfloat16
+    yield channels_last(weight_of(4, 5, 3, 3)), bits_of(4, 5, 3, 3), None
+    yield weight_of(4, 5, 3, 3).transpose(0, 1), bits_of(5, 4, 3, 3), None
+    conv3d = weight_of(2, 5, 3, 3, 3).detach().to(memory_format=torch.channels_last_3d)
+    yield conv3d.requires_grad_(), bits_of(2, 5, 3, 3, 3), None
+    yield weight_of(8, 10)[::2, 1:6], bits_of(4, 5), None
+
+
+def _lists():
+    weights = [weight_of(4, 8, grad=False), weight_of(6, 36, 3, 1, grad=False)]
+    return weights, [bits_of(*w.shape) for w in weights]
+
+
+def _unified_samples():
+    weights, bits = _lists()
+    yield weights, 50, [2, 4], [3, 1], 0.8, None, None
+    yield weights, 50, [], [3, 1], 0.5, bits, bits
+
+
+def _topk_samples():
+    weights, bits = _lists()
+    yield weights, [50], None
+    yield weights, [5, 40], bits
+    yield [], [0], None
+
+
+SAMPLES = {
+    "block_masks": lambda: [
+        (_lists()[0], [3], [2, 4], None),
+        (_lists()[0], [3, 4], [1, -1], _lists()[1]),
+    ],
+    "channel_masks": lambda: [([torch.arange(4), torch.arange(3)], [2, 1], [9, 1], [5, 40])],
+    "channel_scores": lambda: [(*_lists(), _lists()[1], 0.8)],
+    "mask_and": lambda: [(bits_of(3, 40), bits_of(3, 40))],
+    "mask_andnot": lambda: [(bits_of(3, 40), bits_of(3, 40))],
+    "mask_count": lambda: [(bits_of(3, 40),), (bits_of(3, 40).flatten(),)],
+    "mask_or": lambda: [(bits_of(3, 40), bits_of(3, 40))],
+    "masked_conv2d": _conv_samples,
+    "masked_linear": _linear_samples,
+    "masked_weight": _weight_samples,
+    "masked_weights": lambda: [
+        ([weight_of(4, 8), weight_of(6, 36, 3, 1)], _lists()[1], dtype)
+        for dtype in (None, torch.bfloat16)
+    ],
+    "nm_mask": lambda: [
+        (weight_of(3, 8, 3, 3), 2, 4),
+        (channels_last(weight_of(3, 8, 3, 3)), 1, 2),
+    ],
+    "pack_mask": lambda: [(torch.rand(3, 40, 3, 3) < 0.5,), (torch.rand(40, 3).t() < 0.5,)],
+    "topk_masks": _topk_samples,
+    "unified_masks": _unified_samples,
+    "unpack_mask": lambda: [(bits_of(3, 40, 3, 3), [3, 40, 3, 3]), (bits_of(3, 5), [3, 5])],
+}
+
+
+@pytest.mark.parametrize("op", defined_ops())
+def test_opcheck(op):
+    assert op in SAMPLES, f"the new op {op} needs a sample in SAMPLES"
+    overload = getattr(NAMESPACE, op).default
+    for number, arguments in enumerate(SAMPLES[op]()):
+        results = torch.library.opcheck(overload, arguments, raise_exception=False)
+        wrong = {test: result for test, result in results.items() if result != "SUCCESS"}
+        assert not wrong, f"sample {number}: {wrong}"
+
+
+@pytest.mark.parametrize("op", sorted(SAMPLES))
+def test_every_sample_has_its_op(op):
+    assert op in defined_ops()
+
+
+def results_of(op, backend, samples):
+    overload = getattr(NAMESPACE, op).default
+    with ops.backend(backend), torch.no_grad():
+        results = [overload(*arguments) for arguments in samples]
+    return [t for r in results for t in (r if isinstance(r, list) else [r])]
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [(op, b) for op in SAMPLES for b in ops.implementations(op) if b != "reference"],
+)
+def test_backends_agree_in_values_and_strides(op, backend, device_of):
+    if device_of(backend) != torch.device("cpu"):
+        pytest.skip(f"{backend}: does not take the CPU tensors of the samples")
+    samples = list(SAMPLES[op]())
+    tolerance = {} if op in ("masked_linear", "masked_conv2d") else {"rtol": 0, "atol": 0}
+    expected = results_of(op, "reference", samples)
+    assert expected
+    torch.testing.assert_close(
+        results_of(op, backend, samples), expected, check_stride=True, **tolerance
+    )
+
+
+# ---- choice of backend ---------------------------------------------------------------------------
+
+
+def test_unknown_backend():
+    message = r"backend: name='cudnn'.*reference, cpp, triton, cuda"
+    with pytest.raises(ValueError, match=message), ops.backend("cudnn"):
+        pass
+
+
+def test_forced_backend_that_an_op_lacks():
+    missing = [b for b in ops.BACKENDS if b not in ops.implementations("mask_and")]
+    assert missing, "mask_and has every backend: take another op for this test"
+    forced = "cuda" if "cuda" in missing else missing[0]
+    a = bits_of(2, 3)
+    message = rf"mask_and: backend '{forced}' is forced .* it has reference"
+    with ops.backend(forced), pytest.raises(ValueError, match=message):
+        ops.mask_and(a, a)
+    assert torch.equal(ops.mask_and(a, a), a)  # and the force ends with the block
+
+
+@pytest.mark.skipif(ops.extension_path is not None, reason="the C++ extension is built here")
+def test_cpp_without_the_extension():
+    message = r"backend: name='cpp'.*not built.*pip install"
+    with pytest.raises(ValueError, match=message), ops.backend("cpp"):
+        pass
+
+
+@pytest.mark.skipif(ops.extension_path is None, reason="the C++ extension is not built")
+def test_cpp_is_the_choice_on_the_cpu(monkeypatch):
+    from sparse_cocktail.ops import dispatch
+
+    assert "cpp" in ops.implementations("nm_mask")
+    table = dispatch._implementations["nm_mask"]
+    used = []
+    for name in table:
+        original = table[name]
+        record = lambda *a, name=name, original=original: used.append(name) or original(*a)  # noqa: E731
+        monkeypatch.setitem(table, name, record)
+    weight = torch.randn(2, 4)
+    ops.nm_mask(weight, 2, 4)
+    with ops.backend("reference"):
+        with ops.backend("cpp"):
+            ops.nm_mask(weight, 2, 4)
+        ops.nm_mask(weight, 2, 4)
+    assert used == ["cpp", "cpp", "reference"]
+
+
+def test_force_ends_after_an_error():
+    with pytest.raises(ZeroDivisionError), ops.backend("triton"):
+        raise ZeroDivisionError
+    assert ops.mask_count(bits_of(2, 3)).dtype == torch.int64
+
+
+# ---- errors --------------------------------------------------------------------------------------
+
+W = torch.zeros(4, 6)
+B = ops.pack_mask(torch.ones(4, 6, dtype=torch.bool))
+SMALL = torch.zeros(4, 1, 2, dtype=torch.int32)  # bits of a weight with in = 33 to 64
+CONV, CONV_BITS = torch.zeros(4, 2, 3, 3), torch.zeros(4, 9, 1, dtype=torch.int32)
+X = torch.zeros(1, 2, 5, 5)
+INT, HALF, VECTOR = W.int(), W.half(), W[0]
+
+ERRORS = {
+    "pack_dtype": (ops.pack_mask, (W,), TypeError, r"pack_mask: mask .*float32.*!= 0"),
+    "pack_vector": (ops.pack_mask, (VECTOR > 0,), ValueError, r"pack_mask: mask .*\(6,\)"),
+    "unpack_short": (ops.unpack_mask, (B, (4,)), ValueError, r"unpack_mask: shape=\(4,\).*2 dim"),
+    "unpack_shape": (ops.unpack_mask, (B, (4, 33)), ValueError, r"\(4, 1, 1\).*\(4, 1, 2\)"),
+    "unpack_dtype": (ops.unpack_mask, (B.long(), (4, 6)), TypeError, r"unpack_mask: bits.*int64"),
+    "count_dtype": (ops.mask_count, (W,), TypeError, r"mask_count: bits .*float32.*pack_mask"),
+    "and_shape": (ops.mask_and, (B, SMALL), ValueError, r"mask_and: .*\(4, 1, 1\).*\(4, 1, 2\)"),
+    "or_dtype": (ops.mask_or, (B, B.long()), TypeError, r"mask_or: b has dtype torch.int64"),
+    "andnot_dtype": (ops.mask_andnot, (W, B), TypeError, r"mask_andnot: a .*float32"),
+    "nm_remainder": (ops.nm_mask, (W, 2, 4), ValueError, r"nm_mask: .*in=6.*m=4; pad"),
+    "nm_dense": (ops.nm_mask, (W, 2, 2), ValueError, r"nm_mask: n=2, m=2 .*1 <= n < m <= 32"),
+    "nm_zero": (ops.nm_mask, (W, 0, 2), ValueError, r"nm_mask: n=0, m=2"),
+    "nm_wide": (ops.nm_mask, (torch.zeros(1, 33), 1, 33), ValueError, r"m=33 breaks"),
+    "nm_dtype": (ops.nm_mask, (INT, 1, 2), TypeError, r"nm_mask: weight .*int32.*convert"),
+    "nm_vector": (ops.nm_mask, (VECTOR, 1, 2), ValueError, r"nm_mask: weight .*\(6,\)"),
+    "topk_many": (ops.topk_masks, ([W], 25), ValueError, r"topk_masks: keep=25 .*\[0, 24\]"),
+    "topk_negative": (ops.topk_masks, ([W, W], -1), ValueError, r"keep=-1 .*\[0, 48\]"),
+    "topk_second": (ops.topk_masks, ([W, W], [3, 30]), ValueError, r"keep=30 .*\[0, 24\]"),
+    "topk_entries": (ops.topk_masks, ([W], [1, 2]), ValueError, r"keep has 2 entries for 1 "),
+    "topk_dtypes": (ops.topk_masks, ([W, HALF], 1), ValueError, r"weights\[1\].*float16.*float32"),
+    "topk_devices": (ops.topk_masks, ([W, W.to("meta")], 1), ValueError, r"\[1\] .*meta.*cpu"),
+    "topk_within": (ops.topk_masks, ([W], 1, [SMALL]), ValueError, r"within\[0\].*\(4, 1, 2\)"),
+    "topk_withins": (ops.topk_masks, ([W], 1, []), ValueError, r"within has 0 entries for 1"),
+    "block_size": (ops.block_masks, ([W], 1, (0, 3)), ValueError, r"block=\(0, 3\).*positive"),
+    "block_rows": (ops.block_masks, ([W], 1, (3, 3)), ValueError, r"\[0\] has out=4.* 3; pad"),
+    "block_cols": (ops.block_masks, ([W], 1, (2, 4)), ValueError, r"\[0\] has in=6.* 4; pad"),
+    "block_keep": (ops.block_masks, ([W], 5, (2, 3)), ValueError, r"keep=5 .*\[0, 4\].*blocks"),
+    "block_within": (ops.block_masks, ([W], 1, (2, 3), [SMALL]), ValueError, r"within\[0\]"),
+    "scores_beta": (ops.channel_scores, ([W], [B], [B], 1.5), ValueError, r"beta=1.5 .*\[0, 1\]"),
+    "scores_nan": (ops.channel_scores, ([W], [B], [B], float("nan")), ValueError, r"beta=nan"),
+    "scores_count": (ops.channel_scores, ([W], [], [B]), ValueError, r"unstructured has 0 .* 1 "),
+    "scores_bits": (ops.channel_scores, ([W], [B], [SMALL]), ValueError, r"nm\[0\].*\(4, 1, 2\)"),
+    "channel_dtype": (ops.channel_masks, ([W[:, 0]], [1], [(4, 6)]), TypeError, r"\[0\].*float32"),
+    "channel_keep": (
+        ops.channel_masks,
+        ([torch.arange(4)], [5], [(4, 6)]),
+        ValueError,
+        r"channel_masks: keep\[0\]=5 .*\[0, 4\]",
+    ),
+    "channel_shape": (
+        ops.channel_masks,
+        ([torch.arange(4)], [1], [(3, 6)]),
+        ValueError,
+        r"shapes\[0\]=\(3, 6\).*4 channels",
+    ),
+    "channel_shapes": (
+        ops.channel_masks,
+        ([torch.arange(4)], [1], []),
+        ValueError,
+        r"shapes has 0 entries for 1 ",
+    ),
+    "unified_keep": (ops.unified_masks, ([W], 25, None, [1]), ValueError, r"keep=25 .*\[0, 24\]"),
+    "unified_nm": (ops.unified_masks, ([W], 1, (4, 4), [1]), ValueError, r"nm=\(4, 4\) breaks"),
+    "unified_nm_length": (ops.unified_masks, ([W], 1, (2,), [1]), ValueError, r"nm=\(2,\)"),
+    "unified_beta": (ops.unified_masks, ([W], 1, None, [1], -0.1), ValueError, r"beta=-0.1"),
+    "unified_channels": (ops.unified_masks, ([W], 1, None, [5]), ValueError, r"\[0\]=5 .*\[0, 4\]"),
+    "unified_counts": (ops.unified_masks, ([W], 1, None, []), ValueError, r"channel_keep has 0"),
+    "unified_both": (
+        ops.unified_masks,
+        ([W], 1, (1, 2), [1], 0.8, None, [B]),
+        ValueError,
+        r"unified_masks: both nm=\(1, 2\) and nm_bits",
+    ),
+    "weight_bits": (ops.masked_weight, (W, SMALL), ValueError, r"\(4, 1, 2\).*\(4, 1, 1\)"),
+    "weight_dtype": (ops.masked_weight, (INT, B), TypeError, r"masked_weight: weight .*int32"),
+    "weights_count": (ops.masked_weights, ([W], []), ValueError, r"bits has 0 entries for 1"),
+    "weights_bits": (ops.masked_weights, ([W], [SMALL]), ValueError, r"bits\[0\].*\(4, 1, 2\)"),
+    "linear_x": (ops.masked_linear, (X, W, B), ValueError, r"\(1, 2, 5, 5\).*\(4, 6\)"),
+    "linear_int": (ops.masked_linear, (INT, W, B), TypeError, r"masked_linear: x .*int32"),
+    "linear_bias": (ops.masked_linear, (W, W, B, VECTOR), ValueError, r"bias .*\(6,\).* 4 outputs"),
+    "linear_bits": (
+        ops.masked_linear,
+        (W, W, SMALL),
+        ValueError,
+        r"masked_linear: bits.*\(4, 1, 2",
+    ),
+    "conv_groups": (
+        ops.masked_conv2d,
+        (X, CONV, CONV_BITS, None, 1, 0, 1, 2),
+        ValueError,
+        r"masked_conv2d: x .*\(1, 2, 5, 5\).*groups=2",
+    ),
+    "conv_weight": (ops.masked_conv2d, (X, W, B), ValueError, r"weight \(4, 6\).*kh, kw"),
+    "conv_bits": (ops.masked_conv2d, (X, CONV, B), ValueError, r"\(4, 1, 1\).*\(4, 9, 1\)"),
+    "conv_padding": (
+        ops.masked_conv2d,
+        (X, CONV, CONV_BITS, None, 1, "same"),
+        (ValueError, TypeError),
+        r"masked_conv2d: padding='same'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("op", "arguments", "error", "match"), ERRORS.values(), ids=ERRORS)
+def test_error_names_op_value_and_rule(op, arguments, error, match):
+    with pytest.raises(error, match=match) as caught:
+        op(*arguments)
+    assert str(caught.value).startswith(f"{op.__name__}: ")
