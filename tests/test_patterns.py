@@ -138,12 +138,12 @@ def test_cosine(progress, expected):
     assert schedules.cosine(2.0, 0.5, progress) == pytest.approx(expected, abs=1e-15)
 
 
-CYCLE = {"first": 100, "cycle": 20, "lr": 1.0, "restart_lr": 0.3, "min_lr": 0.1}
+CYCLE = {"first": 90, "cycle": 20, "lr": 1.0, "restart_lr": 0.3, "min_lr": 0.1}
 
 
 @pytest.mark.parametrize(
     ("step", "expected"),
-    [(0, 1.0), (50, 0.55), (100, 0.3), (110, 0.2), (120, 0.3), (130, 0.2), (140, 0.3)],
+    [(0, 1.0), (45, 0.55), (90, 0.3), (100, 0.2), (110, 0.3), (120, 0.2), (130, 0.3)],
 )
 def test_cyclic_cosine_restarts(step, expected):
     assert schedules.cyclic_cosine(step, **CYCLE) == pytest.approx(expected)
@@ -152,9 +152,9 @@ def test_cyclic_cosine_restarts(step, expected):
 def test_cyclic_cosine_falls_within_a_cycle():
     rates = [schedules.cyclic_cosine(step, **CYCLE) for step in range(160)]
     rises = [i for i in range(1, len(rates)) if rates[i] > rates[i - 1]]
-    assert rises == [100, 120, 140]
-    assert rates[99] == pytest.approx(0.1, abs=3e-4)
-    assert rates[119] == pytest.approx(0.1, abs=3e-3)
+    assert rises == [90, 110, 130, 150]
+    assert rates[89] == pytest.approx(0.1, abs=3e-4)
+    assert rates[109] == pytest.approx(0.1, abs=3e-3)
     assert min(rates) >= 0.1
 
 

@@ -35,14 +35,17 @@ def _check_masked_weight(weight, bits, dtype=None) -> None:
 
 def _masked_weight_cpp(weight, bits, dtype=None) -> Tensor:
     masked = _cpp.masked_weight(_strided(weight), bits.contiguous())
-    return masked if dtype is None else masked.to(dtype)
+    dtype = dtype or weight.dtype
+    if masked.dtype == dtype and masked.stride() == weight.stride():
+        return masked
+    return torch.empty_like(weight, dtype=dtype).copy_(masked)
 
 
 _weight = define(
     "masked_weight(Tensor weight, Tensor bits, ScalarType? dtype=None) -> Tensor",
     reference=reference.masked_weight,
     cpp=_masked_weight_cpp,
-    fake=lambda weight, bits, dtype=None: torch.empty_like(_strided(weight), dtype=dtype),
+    fake=lambda weight, bits, dtype=None: torch.empty_like(weight, dtype=dtype),
     check=_check_masked_weight,
 )
 
@@ -74,16 +77,14 @@ def _check_masked_weights(weights, bits, dtype=None) -> None:
 
 
 _weights = define(
-    "masked_weights(Tensor[] weights, Tensor[] bits, ScalarType? dtype=None) -> Tensor[]",
+    "masked_weights(Tensor[] weights, Tensor[] bits, ScalarType? dtype) -> Tensor[]",
     reference=lambda weights, bits, dtype=None: [
         reference.masked_weight(w, b, dtype) for w, b in zip(weights, bits, strict=True)
     ],
     cpp=lambda weights, bits, dtype=None: [
         _masked_weight_cpp(w, b, dtype) for w, b in zip(weights, bits, strict=True)
     ],
-    fake=lambda weights, bits, dtype=None: [
-        torch.empty_like(_strided(w), dtype=dtype) for w in weights
-    ],
+    fake=lambda weights, bits, dtype=None: [torch.empty_like(w, dtype=dtype) for w in weights],
     check=_check_masked_weights,
 )
 
@@ -290,8 +291,14 @@ def _conv_backward(ctx, grad):
 gradient("masked_conv2d", _conv_backward, _save_layer)
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _pair(name: str, value: int | Sequence[int]) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else value
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d also takes "
+            "padding='same' and other padding modes"
+        )
+    return list(pair)
 
 
 def masked_conv2d(
@@ -325,9 +332,9 @@ def masked_conv2d(
         weight,
         bits,
         bias,
-        _pair(stride),
-        _pair(padding),
-        _pair(dilation),
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
         groups,
         dense_grad,
     )

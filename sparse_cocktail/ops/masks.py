@@ -38,10 +38,9 @@ _cpp = torch.ops.sparse_cocktail_cpp
 
 def _strided(weight: Tensor) -> Tensor:
     """The weight itself where C++ can walk it (its taps have one common stride), else a copy."""
-    simple = weight.dim() <= 3 or weight.is_contiguous()
-    if simple or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)):
-        return weight
-    return weight.contiguous()
+    taps = [(n, s) for n, s in zip(weight.shape[2:], weight.stride()[2:], strict=True) if n != 1]
+    merge = all(a[1] == b[0] * b[1] for a, b in zip(taps, taps[1:], strict=False))
+    return weight if merge else weight.contiguous()
 
 
 def _new_bits(weight: Tensor) -> Tensor:
@@ -449,7 +448,7 @@ def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=N
                 f"{op}: channel_keep[{index}]={count} is not in [0, {weight.shape[0]}], the number "
                 "of output channels; give a count"
             )
-    if nm and not 1 <= nm[0] < nm[1] <= 32:
+    if nm and (len(nm) != 2 or not 1 <= nm[0] < nm[1] <= 32):
         raise ValueError(
             f"{op}: nm={tuple(nm)} breaks 1 <= n < m <= 32; for example (2, 4) keeps 2 of 4"
         )

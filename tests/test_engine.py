@@ -1,0 +1,411 @@
+"""The training loop: passes, frozen weights, checkpoints, resume, signals, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_cocktail import models
+from sparse_cocktail.checkpoint import load_checkpoint, restore_dataclass, save_checkpoint
+from sparse_cocktail.config import read_recipe, recipe_names, split_fields
+from sparse_cocktail.data import Data, Split
+from sparse_cocktail.engine import Interrupted, Trainer, train
+from sparse_cocktail.files import read_tensors
+from sparse_cocktail.methods import METHODS, Method, Pass, Stage
+
+SHORT = {"epochs": 1, "stages": 2, "threads": 1, "recalibrate_samples": 64, "search_samples": 0}
+
+
+def toy(samples: int = 320, **changes) -> Data:
+    """Three noisy classes of 8x8 images, small enough for a run of a second."""
+    generator = torch.Generator().manual_seed(3)
+    targets = torch.arange(samples) % 3
+    inputs = torch.randn(samples, 1, 8, 8, generator=generator) * 0.5
+    inputs[torch.arange(samples), 0, targets * 2, targets] += 3.0
+    cut, end = int(0.7 * samples), int(0.8 * samples)
+    parts = [Split(inputs[a:b], targets[a:b]) for a, b in ((0, cut), (cut, end), (end, samples))]
+    return Data("toy", 3, *parts, **changes)
+
+
+def model() -> torch.nn.Module:
+    return models.build("resnet8", {"width": 4, "classes": 3})
+
+
+def run(folder: Path, **fields) -> dict:
+    return train(model(), toy(), folder, **{**SHORT, **fields})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_tensors(folder / "cocktail.safetensors")[0]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class OneSubnet(Method):
+    """A dense epoch, then an epoch of the passes that the test wants."""
+
+    passes: list[Pass] = []
+
+    def plan(self, ctx):
+        return [Stage("dense", 1, lambda _: 0.1), Stage("sparse", 1, lambda _: 0.1)]
+
+    def before_stage(self, ctx):
+        if ctx.stage == 1:
+            ctx.cocktail.add("unstructured-0.5")
+            ctx.cocktail.add("channel-0.5")
+            self.state.before = [w.detach().clone() for w in ctx.cocktail.bank.weights]
+
+    def step(self, ctx):
+        return [Pass("dense")] if ctx.stage == 0 else self.passes
+
+
+@pytest.fixture
+def one_subnet(monkeypatch):
+    """`one_subnet(passes)` registers a method of these passes under the name `one`."""
+
+    def make(*passes: Pass) -> None:
+        monkeypatch.setitem(METHODS, "one", type("One", (OneSubnet,), {"passes": list(passes)}))
+
+    return make
+
+
+def trained(folder: Path, **fields) -> Trainer:
+    fields = {"method": "one", "threads": 1, "recalibrate_samples": 64, **fields}
+    trainer = Trainer(*split_fields(fields), folder, _quiet())
+    trainer.prepare(model(), toy(), resume=False, overwrite=False)
+    trainer.run()
+    return trainer
+
+
+def _quiet():
+    from rich.console import Console
+
+    return Console(quiet=True)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+def kept_and_moved(trainer: Trainer, subnet: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over all masked weights: which the subnet keeps, which moved in the sparse stage."""
+    from sparse_cocktail import ops
+
+    cocktail = trainer.ctx.cocktail
+    views = cocktail.bank.views(cocktail.subnets[subnet].row)
+    triples = zip(views, cocktail.bank.weights, trainer.method.state.before, strict=True)
+    pairs = [(ops.unpack_mask(b, w.shape).flatten(), (w != old).flatten()) for b, w, old in triples]
+    kept, moved = zip(*pairs, strict=True)
+    return torch.cat(kept), torch.cat(moved)
+
+
+@pytest.mark.parametrize("mask_update", ["freeze", "shared"])
+def test_pruned_weights_and_momentum_in_sparse_steps(one_subnet, tmp_path, mask_update):
+    one_subnet(Pass("unstructured-0.5000"))
+    trainer = trained(tmp_path, mask_update=mask_update)
+    kept, moved = kept_and_moved(trainer, "unstructured-0.5000")
+    assert moved[kept].float().mean() > 0.99
+    assert moved[~kept].any().item() == (mask_update == "shared")  # weight decay moves them
+    optimizer, cocktail = trainer.ctx.optimizer, trainer.ctx.cocktail
+    momentum = torch.cat(
+        [optimizer.state[w]["momentum_buffer"].flatten() for w in cocktail.bank.weights]
+    )
+    assert momentum[~kept].any().item() == (mask_update == "shared")
+
+
+def test_a_dense_pass_in_the_step_moves_everything(one_subnet, tmp_path):
+    one_subnet(Pass("dense"), Pass("unstructured-0.5000", weight=0.5, teacher=0))
+    _, moved = kept_and_moved(trained(tmp_path), "unstructured-0.5000")
+    assert moved.float().mean() > 0.99
+
+
+def test_dense_gradients_reach_pruned_weights(one_subnet, tmp_path):
+    one_subnet(Pass("unstructured-0.5000", dense_grad=True))
+    kept, moved = kept_and_moved(trained(tmp_path, weight_decay=0.0), "unstructured-0.5000")
+    assert moved[~kept].float().mean() > 0.99
+
+
+def test_accumulation_changes_only_rounding(one_subnet, tmp_path):
+    one_subnet(Pass("dense"))
+    plain = trained(tmp_path / "1", lr=0.01).ctx.model.fc.weight
+    parts = trained(tmp_path / "2", lr=0.01, accumulate=2).ctx.model.fc.weight
+    assert not torch.equal(plain, parts)  # BatchNorm sees half batches
+    torch.testing.assert_close(plain, parts, atol=0.1, rtol=0.1)
+
+
+def test_teacher_leaves_running_statistics_alone(one_subnet, tmp_path):
+    one_subnet(Pass("channel-0.5000", teacher="dense"))
+    trainer = trained(tmp_path / "taught")
+    steps = 2 * trainer.ctx.steps_per_epoch
+    trainer.ctx.cocktail.activate("dense")
+    assert int(trainer.ctx.model.bn1.num_batches_tracked) != 0
+    seen = load_checkpoint(tmp_path / "taught" / "checkpoint.safetensors")["model"]
+    assert int(seen["bn1.num_batches_tracked"]) == steps  # one per step, none by the teacher
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_autocast_trains_and_keeps_fp32_weights(tmp_path, precision):
+    results = run(tmp_path, precision=precision, epochs=2)
+    assert all(t.dtype == torch.float32 for k, t in weights(tmp_path).items() if "conv" in k)
+    assert results["subnets"][0]["accuracy"] > 60
+
+
+def test_channels_last_weights_train(tmp_path):
+    trainer = Trainer(*split_fields({**SHORT, "channels_last": True}), tmp_path, _quiet())
+    trainer.prepare(model(), toy(), resume=False, overwrite=False)
+    trainer.run()
+    kernel = trainer.ctx.model.blocks[0].conv1.weight
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_user_module_and_data(tmp_path):
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 3, padding=1),
+        torch.nn.ReLU(),
+        torch.nn.Conv2d(8, 8, 3, padding=1),
+        torch.nn.BatchNorm2d(8),
+        torch.nn.ReLU(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(8 * 64, 3),
+    )
+    results = train(net, toy(), tmp_path, **SHORT)
+    assert results["model"] == "custom:Sequential" and len(results["subnets"]) == 6
+
+
+# ---- resume --------------------------------------------------------------------------------------
+
+
+class Stop(Exception):
+    """Ends a run like a crash: nothing is written after it."""
+
+
+def crash_before(monkeypatch, stage: int, step: int):
+    """Make the engine raise Stop before one step; returns what undoes it."""
+    original = Trainer._step
+
+    def crash(self, *args):
+        if (self.ctx.stage, self.ctx.step) == (stage, step):
+            raise Stop
+        original(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", crash)
+    return lambda: monkeypatch.setattr(Trainer, "_step", original)
+
+
+# 224 samples make 3 steps an epoch: stages of 6 steps here, checkpoints inside and at epoch ends
+@pytest.mark.parametrize("every", [2, 3])
+@pytest.mark.parametrize("stage, step", [(0, 4), (1, 1), (2, 5), (3, 4)])
+def test_resume_is_bit_exact(tmp_path, monkeypatch, stage, step, every):
+    fields = {"checkpoint_every": every, "epochs": 2, "log_every": 2}
+    run(tmp_path / "whole", **fields)
+    undo = crash_before(monkeypatch, stage, step)
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", **fields)
+    undo()
+    resumed = run(tmp_path / "broken", resume=True, **fields)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert resumed["subnets"] == whole["subnets"]
+    lines = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("whole", "broken")]
+    losses = [[json.loads(x) for x in each if '"train"' in x] for each in lines]
+    assert losses[0] == losses[1]  # no line twice, none missing
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_engine import Trainer, run
+
+step = Trainer._step
+def hang(self, *args):
+    if (self.ctx.stage, self.ctx.step) == (1, 4):
+        time.sleep(600)
+    step(self, *args)
+Trainer._step = hang
+run(Path(sys.argv[2]), checkpoint_every=1, epochs=2)
+"""
+
+
+def test_resume_after_a_kill_in_the_middle_of_a_stage(tmp_path):
+    broken, here = tmp_path / "broken", str(Path(__file__).parent)
+    child = subprocess.Popen([sys.executable, "-c", KILLED, here, str(broken)])
+    try:
+        deadline = time.monotonic() + 120
+        while position(broken) != (1, 4):
+            assert child.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        child.kill()  # SIGKILL
+        child.wait()
+    assert not (broken / "results.json").exists()
+    run(broken, checkpoint_every=1, epochs=2, resume=True)
+    run(tmp_path / "whole", checkpoint_every=1, epochs=2)
+    assert same(weights(tmp_path / "whole"), weights(broken))
+
+
+def position(folder: Path) -> tuple[int, int] | None:
+    """(stage, step) of a folder's checkpoint."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return None
+    tree = load_checkpoint(path)
+    return tree["stage"], tree["step"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_write_a_checkpoint(tmp_path, monkeypatch, number):
+    original = Trainer._step
+
+    def interrupt(self, *args):
+        original(self, *args)
+        if (self.ctx.stage, self.ctx.step) == (1, 1):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Trainer, "_step", interrupt)
+    with pytest.raises(Interrupted, match=rf"{number.name} at step 2 of stage 1.*--resume"):
+        run(tmp_path)
+    assert position(tmp_path) == (1, 2)
+    monkeypatch.setattr(Trainer, "_step", original)
+    assert len(run(tmp_path, resume=True)["subnets"]) == 6
+
+
+def test_resume_of_a_finished_run_changes_nothing(tmp_path):
+    first = run(tmp_path)
+    before = weights(tmp_path)
+    assert run(tmp_path, resume=True)["subnets"] == first["subnets"]
+    assert same(before, weights(tmp_path))
+
+
+def test_folders_are_guarded(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no run"):
+        run(tmp_path, resume=True)
+    run(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run already.*--resume.*--overwrite"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"fields differ.*'lr': \(0.1, 0.05\)"):
+        run(tmp_path, resume=True, lr=0.05)
+    run(tmp_path, overwrite=True, lr=0.05)
+
+
+def test_same_seed_same_run_and_other_seed_another(tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run(tmp_path / name, seed=seed)
+    assert same(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    assert not same(weights(tmp_path / "a"), weights(tmp_path / "c"))
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    original = Trainer._step
+
+    def poison(self, inputs, targets, lr):
+        bad = (self.ctx.stage, self.ctx.step) == (1, 2)
+        original(self, inputs * float("nan") if bad else inputs, targets, lr)
+
+    monkeypatch.setattr(Trainer, "_step", poison)
+    with pytest.raises(FloatingPointError, match=r"loss of dense is nan at step 2 of stage 1.*lr"):
+        run(tmp_path, checkpoint_every=2)
+    tree = load_checkpoint(tmp_path / "checkpoint.safetensors")
+    assert (tree["stage"], tree["step"]) == (1, 2)  # the two steps before the bad one
+    assert all(t.isfinite().all() for t in tree["model"].values())
+    monkeypatch.setattr(Trainer, "_step", original)
+    assert len(run(tmp_path, checkpoint_every=2, resume=True)["subnets"]) == 6
+
+
+@pytest.mark.parametrize("cut", [0, 7, 100, -1])
+def test_truncated_checkpoint(tmp_path, cut):
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, {"x": torch.arange(5)})
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"checkpoint.safetensors is no whole safetensors file"):
+        load_checkpoint(path)
+
+
+def test_checkpoint_tree_round_trip(tmp_path):
+    tree = {
+        "numbers": [1, 2.5, True, None, "text"],
+        "deep": {"tensor": torch.randn(3).bfloat16(), 7: {"int key": torch.tensor(4)}},
+        "empty": [{}, []],
+    }
+    save_checkpoint(tmp_path / "c", tree)
+    back = load_checkpoint(tmp_path / "c")
+    assert back["numbers"] == tree["numbers"] and back["empty"] == tree["empty"]
+    assert torch.equal(back["deep"]["tensor"], tree["deep"]["tensor"])
+    assert torch.equal(back["deep"][7]["int key"], torch.tensor(4))
+    with pytest.raises(TypeError, match=r"checkpoint: /bad is a set"):
+        save_checkpoint(tmp_path / "c", {"bad": {1}})
+
+
+def test_restore_dataclass():
+    state = METHODS["cocktail"].State()
+    restore_dataclass(state, {"nm_now": "2:4", "choices": [{"alpha": 0.5}]})
+    assert state.nm_now == "2:4" and state.choices == [{"alpha": 0.5}]
+
+
+# ---- config --------------------------------------------------------------------------------------
+
+
+def test_every_recipe_is_valid():
+    assert "digits" in recipe_names()
+    for name in recipe_names():
+        config, options = split_fields(read_recipe(name))
+        assert config.epochs >= 1 and options is not None
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"epocs": 3}, r"field 'epocs' is unknown; did you mean epochs\?"),
+        ({"epochs": "many"}, r"epochs='many' is a str, but the field is a int"),
+        ({"epochs": 0}, r"epochs=0 is below 1"),
+        ({"lr": -1.0}, r"lr=-1.0 is not positive"),
+        ({"precision": "fp8"}, r"precision='fp8' is not one of fp32, bf16, fp16"),
+        ({"method": "magic"}, r"method='magic' is not one of cocktail"),
+        ({"nesterov": 1}, r"nesterov=1 is a int, but the field is a bool"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        split_fields(fields)
+
+
+def test_fields_from_strings():
+    config, options = split_fields(
+        {"epochs": "3", "lr": "1e-2", "first_cycle": "4", "nm": '{"2:4": 1}', "compile": "true"}
+    )
+    assert (config.epochs, config.lr, config.compile) == (3, 0.01, True)
+    assert options.first_cycle == 4 and isinstance(options.first_cycle, int)
+    assert options.nm == {"2:4": 1}
+
+
+@pytest.mark.parametrize("recipe", ["nothing", "missing.yaml"])
+def test_unknown_recipe(recipe):
+    with pytest.raises(ValueError, match=rf"recipe '{recipe}' is neither one of .*digits"):
+        read_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"stages": 0}, r"stages=0 is below 1"),
+        ({"rewind": 2}, r"rewind=2 is not in \[1, epochs=1\]"),
+        ({"nm": {"channel-0.5": 1}}, r"nm has 'channel-0.5', which is no N:M pattern"),
+        ({"nm": {"4:2": 1}}, r"n=4, m=2 breaks 1 <= n < m <= 32"),
+        ({"batch_size": 4096}, r"batch_size=4096 .* is more than the 224 training samples"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_cocktail_options(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, **fields)
