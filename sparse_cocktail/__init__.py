@@ -9,7 +9,8 @@ if (_root / "csrc").is_dir() and (_root / "kernels").is_dir():
 from . import ops, patterns  # noqa: E402
 from .bank import MaskBank  # noqa: E402
 from .cocktail import Cocktail, Subnet  # noqa: E402
-from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear, convert  # noqa: E402
+from .conversion import convert  # noqa: E402
+from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear  # noqa: E402
 from .patterns import NM, Block, Channel, Dense, Unstructured, parse  # noqa: E402
 from .recalibrate import recalibrate  # noqa: E402
 

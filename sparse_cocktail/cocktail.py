@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,17 +15,20 @@ from torch import Tensor, nn
 
 from . import models, ops
 from .bank import MaskBank
-from .files import read_tensors, write_tensors
-from .modules import MaskedBatchNorm2d, convert, masked_layers
+from .cocktail_file import (
+    MAX_LEVELS,
+    pack_levels,
+    read_cocktail,
+    unpack_levels,
+    write_cocktail,
+)
+from .conversion import convert
+from .modules import MaskedBatchNorm2d, masked_layers, output_positions
 from .patterns import Dense, Pattern, Unstructured, parse
 from .recalibrate import norm_layers, recalibrate
-from .reference import weight_view
 from .selection import magnitude_masks
 
 __all__ = ["Cocktail", "Subnet"]
-
-FORMAT = 1
-_LEVELS = 15  # 4 bits hold 15 nested masks
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Cocktail:
         self.bank = MaskBank([layer.weight for layer in self.layers.values()])
         self.subnets: dict[str, Subnet] = {"dense": Subnet("dense", Dense())}
         self.active = "dense"
+        self.extra: dict[str, Any] = {}  # facts from the header of a loaded file
         self._bits = [layer.mask_bits for layer in self.layers.values()]
         self._live = [layer.live for layer in self.layers.values()]
         index = {name: i for i, name in enumerate(self.layers)}
@@ -190,7 +193,10 @@ class Cocktail:
         sample that remain (kept weights times output positions; None without `example_input`).
         """
         total = sum(p.numel() for p in self.model.parameters())
-        positions = None if example_input is None else self._positions(example_input)
+        positions = None
+        if example_input is not None:
+            with self.using("dense"):
+                positions = output_positions(self.model, example_input)
         rows = []
         for subnet in self.subnets.values():
             kept = self._kept(subnet)
@@ -222,30 +228,6 @@ class Cocktail:
         biases = [0 if layer.bias is None else 1 for layer in self.layers.values()]
         count = sum(d * b for d, b in zip(dead, biases, strict=True))
         return count + sum(2 * dead[i] for norm, i in self._silenced if norm.affine)
-
-    def _positions(self, example: Tensor) -> dict[str, int]:
-        """Output positions per sample of every convolution and linear layer."""
-        positions: dict[str, int] = {}
-        layers = {
-            n: m for n, m in self.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
-        }
-
-        def hook(name):
-            def count(module, _, output):
-                positions[name] = output[0].numel() // module.weight.shape[0]
-
-            return count
-
-        handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
-        training = self.model.training
-        try:
-            with torch.no_grad(), self.using("dense"):
-                self.model.eval()(example)
-        finally:
-            self.model.train(training)
-            for handle in handles:
-                handle.remove()
-        return positions
 
     def _flops(self, positions: dict[str, int], kept: dict[str, int]) -> int:
         weights = {name: self.model.get_submodule(name).weight.numel() for name in positions}
@@ -311,17 +293,14 @@ class Cocktail:
         tensors = {f"model.{key}": value for key, value in state.items()}
         nested = self._nested()
         if nested:
-            tensors["levels"] = self._pack_levels(nested)
+            masks = [self.bank.views(self.subnets[name].row) for name in nested]
+            tensors["levels"] = pack_levels(masks, self.bank.weights)
         for subnet in self.subnets.values():
             if subnet.row is not None and subnet.name not in nested:
                 tensors[f"bits.{subnet.name}"] = self.bank.flat(subnet.row)
-            if subnet.statistics is not None:
-                values = [s.reshape(-1) for s in subnet.statistics]
-                tensors[f"statistics.{subnet.name}"] = (
-                    torch.cat(values) if values else torch.empty(0)
-                )
+            if subnet.statistics:
+                tensors[f"statistics.{subnet.name}"] = torch.cat(subnet.statistics)
         header = {
-            "format": FORMAT,
             "factory": getattr(self.model, "factory", None),
             "layers": [[n, list(m.weight.shape)] for n, m in self.layers.items()],
             "norms": [[n, _norm_facts(m)] for n, m in self.norms.items()],
@@ -332,44 +311,17 @@ class Cocktail:
             ],
             "extra": extra or {},
         }
-        header["digest"] = _digest(header, tensors)
-        write_tensors(path, tensors, {"sparse_cocktail": json.dumps(header)})
+        write_cocktail(path, header, tensors)
 
     def _nested(self) -> list[str]:
         """Unstructured subnets from dense to sparse, if each lies within the one before."""
         chain = [s for s in self.subnets.values() if isinstance(s.pattern, Unstructured)]
         chain.sort(key=lambda s: s.pattern.sparsity)
-        if not 2 <= len(chain) <= _LEVELS:
+        if not 2 <= len(chain) <= MAX_LEVELS:
             return []
         flats = [self.bank.flat(s.row) for s in chain]
-        inside = all(not (b & ~a).any() for a, b in zip(flats, flats[1:], strict=False))
+        inside = all(not ops.mask_andnot(b, a).any() for a, b in pairwise(flats))
         return [s.name for s in chain] if inside else []
-
-    def _pack_levels(self, nested: list[str]) -> Tensor:
-        """Per weight the number of nested masks that keep it, two 4-bit levels a byte."""
-        levels = torch.zeros(self.bank.numel, dtype=torch.uint8)
-        for name in nested:
-            views = self.bank.views(self.subnets[name].row)
-            masks = [
-                weight_view(ops.unpack_mask(bits, w.shape)).reshape(-1)
-                for bits, w in zip(views, self.bank.weights, strict=True)
-            ]
-            levels += torch.cat(masks).to("cpu", torch.uint8)
-        pairs = torch.cat([levels, levels.new_zeros(len(levels) % 2)]).view(-1, 2)
-        return pairs[:, 0] | (pairs[:, 1] << 4)
-
-    def _unpack_levels(self, packed: Tensor, count: int) -> list[list[Tensor]]:
-        """The bits of `count` nested masks, per weight, from dense to sparse."""
-        levels = torch.stack([packed & 15, packed >> 4], 1).view(-1)[: self.bank.numel]
-        parts = levels.split([w.numel() for w in self.bank.weights])
-        masks = []
-        for rank in range(1, count + 1):
-            bits = []
-            for part, weight in zip(parts, self.bank.weights, strict=True):
-                view = (part >= rank).view(weight_view(weight).shape)
-                bits.append(ops.pack_mask(view.transpose(1, 2).reshape(weight.shape).contiguous()))
-            masks.append(bits)
-        return masks
 
     @classmethod
     def load(cls, path: str | os.PathLike, model: nn.Module | None = None) -> Cocktail:
@@ -384,8 +336,7 @@ class Cocktail:
             FileNotFoundError; ValueError for a truncated, edited or foreign file, for another
             format version, or for a model whose layers differ.
         """
-        tensors, metadata = read_tensors(path)
-        header = _read_header(path, tensors, metadata)
+        header, tensors = read_cocktail(path)
         if model is None:
             model = _build(path, header)
         cocktail = cls(model)
@@ -398,7 +349,8 @@ class Cocktail:
         model.load_state_dict(state)
         levels = {}
         if header["nested"]:
-            masks = cocktail._unpack_levels(tensors["levels"], len(header["nested"]))
+            weights = cocktail.bank.weights
+            masks = unpack_levels(tensors["levels"], weights, len(header["nested"]))
             levels = dict(zip(header["nested"], masks, strict=True))
         for entry in header["subnets"]:
             name = entry["name"]
@@ -419,41 +371,6 @@ class Cocktail:
     def _split(self, flat: Tensor) -> list[Tensor]:
         parts = flat.split([views.numel() for views in self._bits])
         return [part.view(bits.shape) for part, bits in zip(parts, self._bits, strict=True)]
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the header (without the digest) and every tensor."""
-    known = {k: v for k, v in header.items() if k != "digest"}
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_header(path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Any]:
-    if "sparse_cocktail" not in metadata:
-        raise ValueError(f"{path} is no cocktail file; it must be one that Cocktail.save wrote")
-    try:
-        header = json.loads(metadata["sparse_cocktail"])
-        version, digest = header["format"], header["digest"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{path}: the header is damaged ({error}); take a whole copy") from error
-    if version != FORMAT:
-        raise ValueError(
-            f"{path} has format {version}, but this version reads format {FORMAT}; use the version "
-            "of sparse-cocktail that wrote it"
-        )
-    if digest != _digest(header, tensors):
-        raise ValueError(
-            f"{path} was edited or damaged after it was saved (its digest does not match); take "
-            "the original copy"
-        )
-    return header
 
 
 def _norm_facts(norm: nn.Module) -> list:

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -23,16 +23,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from . import data as data_sets
-from . import models, ops
+from . import models
 from .checkpoint import load_checkpoint, restore_dataclass, save_checkpoint
 from .cocktail import Cocktail
 from .config import Config, split_fields
+from .conversion import convert
 from .data import Data
 from .files import read_tensors, write_json
-from .methods import METHODS, Context, Method, Pass
-from .modules import convert
-from .recalibrate import frozen_statistics
-from .schedules import length_in_steps
+from .methods import METHODS, Context, Method
+from .stepping import Stepper
 from .tasks import Classification, Task
 
 __all__ = ["Interrupted", "Trainer", "train"]
@@ -43,7 +42,6 @@ CHECKPOINT, LOG, CONFIG, RESULTS = (
     "config.json",
     "results.json",
 )
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Interrupted(Exception):
@@ -85,12 +83,7 @@ def train(
         fields[name] = value if isinstance(value, str) else f"custom:{type(value).__name__}"
     config, options = split_fields(fields)
     trainer = Trainer(config, options, Path(out), console or Console(quiet=True), task)
-    trainer.prepare(
-        model if isinstance(model, nn.Module) else models.build(model, config.model_args),
-        data if isinstance(data, Data) else data_sets.load(data),
-        resume,
-        overwrite,
-    )
+    trainer.prepare(model, data, resume, overwrite)
     return trainer.run()
 
 
@@ -106,12 +99,23 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.stop_signal: int | None = None
-        self._losses: list[tuple[int, str, Tensor]] = []
 
     # ---- set-up ----------------------------------------------------------------------------------
 
-    def prepare(self, model: nn.Module, data: Data, resume: bool, overwrite: bool) -> None:
+    def prepare(
+        self,
+        model: str | nn.Module,
+        data: str | Data,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        """Everything before the first step; arguments as in `train`."""
         config = self.config
+        random.seed(config.seed)
+        np.random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        model = models.build(model, config.model_args) if isinstance(model, str) else model
+        data = data_sets.load(data) if isinstance(data, str) else data
         checkpoint = self._claim_folder(resume, overwrite)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -120,7 +124,6 @@ class Trainer:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
         if not hasattr(model, "conversion"):
-            self._reset(model)
             skip = None if config.mask_linear else (lambda _, m: isinstance(m, nn.Linear))
             model = convert(model, skip, data.train.inputs[:2], config.channels_last)
         model.to(self.device)
@@ -144,7 +147,7 @@ class Trainer:
         )
         self.log_file = open(self.folder / LOG, "a")  # noqa: SIM115 - open for the whole run
         self.board = self._tensorboard()
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "fp16")
+        self.stepper = Stepper(self.ctx, self.method)
         self.ctx.stages = self.method.plan(self.ctx)
         self.resumed = checkpoint is not None
         if checkpoint is not None:
@@ -152,20 +155,31 @@ class Trainer:
 
     def _claim_folder(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
         """Check the folder against the request; returns the checkpoint to go on from."""
+        if self.rank == 0:
+            self._check_folder(resume, overwrite)
+        if self.world > 1:
+            dist.barrier()
+        path = self.folder / CHECKPOINT
+        return load_checkpoint(path) if resume and path.is_file() else None
+
+    def _check_folder(self, resume: bool, overwrite: bool) -> None:
         facts = {**dataclasses.asdict(self.config), **dataclasses.asdict(self.options)}
         stored = self.folder / CONFIG
         if resume:
             if not stored.is_file():
                 raise ValueError(f"resume: {self.folder} holds no run; leave --resume out")
             before = json.loads(stored.read_text())
-            changed = {k: (before.get(k), v) for k, v in facts.items() if before.get(k) != v}
+            changed = {
+                k: (before.get(k), v)
+                for k, v in facts.items()
+                if before.get(k) != v and k not in ("checkpoint_every", "tensorboard")
+            }
             if changed:
                 raise ValueError(
                     f"resume: fields differ from those of the run in {self.folder} (run, now): "
                     f"{changed}; resume with the same fields"
                 )
-            path = self.folder / CHECKPOINT
-            return load_checkpoint(path) if path.is_file() else None
+            return
         if stored.exists() and not overwrite:
             raise ValueError(
                 f"train: {self.folder} holds a run already; use --resume to go on with it, "
@@ -174,16 +188,6 @@ class Trainer:
         for name in (CHECKPOINT, LOG, RESULTS):
             (self.folder / name).unlink(missing_ok=True)
         write_json(stored, facts)
-        return None
-
-    def _reset(self, model: nn.Module) -> None:
-        """Seed everything and draw the initial weights anew: they depend on the seed only."""
-        random.seed(self.config.seed)
-        np.random.seed(self.config.seed)
-        torch.manual_seed(self.config.seed)
-        if getattr(model, "factory", None):
-            fresh = models.build(**model.factory)
-            model.load_state_dict(fresh.state_dict())
 
     def _tensorboard(self):
         if not self.config.tensorboard:
@@ -262,8 +266,7 @@ class Trainer:
             method.before_stage(ctx)
             ctx.cocktail.activate("dense")
             if stage.start_from:
-                state, _ = read_tensors(self.folder / stage.start_from)
-                ctx.model.load_state_dict(state)
+                ctx.model.load_state_dict(ctx.read_weights(stage.start_from))
             ctx.optimizer = self._new_optimizer()
         ctx.network.train()
         first = max(ctx.step - 1, 0) // ctx.steps_per_epoch  # the epoch of the last step done
@@ -303,125 +306,26 @@ class Trainer:
         shown = ", ".join(f"{name} {score:.1f}" for name, score in scores.items())
         self.console.print(f"[bold]{stage.name}[/bold]: hold-out {shown}")
 
-    # ---- one optimizer step ----------------------------------------------------------------------
-
     def _step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
-        ctx, method, config = self.ctx, self.method, self.config
-        warmup = length_in_steps(config.warmup, ctx.stages[ctx.stage].epochs, ctx.steps_per_epoch)
-        if ctx.step < warmup:
-            lr *= (ctx.step + 1) / warmup
-        for group in ctx.optimizer.param_groups:
-            group["lr"] = lr
-        if config.channels_last and inputs.dim() == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        passes = method.step(ctx)
-        ctx.optimizer.zero_grad(set_to_none=True)
-        parts = list(
-            zip(inputs.chunk(config.accumulate), targets.chunk(config.accumulate), strict=True)
-        )
-        outputs: list[list[Tensor]] = []
-        for index, each in enumerate(passes):
-            last = index == len(passes) - 1
-            outputs.append(self._run_pass(each, parts, outputs, last))
-            method.after_pass(ctx)
-        self.scaler.unscale_(ctx.optimizer)
-        if config.clip_norm:
-            nn.utils.clip_grad_norm_(ctx.model.parameters(), config.clip_norm)
-        method.before_step(ctx)
-        with self._frozen(passes):
-            self.scaler.step(ctx.optimizer)
-        self.scaler.update()
-        method.after_step(ctx)
-
-    def _run_pass(self, each: Pass, parts: list, outputs: list, last_pass: bool) -> list[Tensor]:
-        """Forward and backward over the parts of the batch; returns the detached outputs."""
-        ctx = self.ctx
-        teachers: list[Tensor | None] = [None] * len(parts)
-        if each.teacher == "dense":
-            teachers = [self._teach(self._input(each, x)) for x, _ in parts]
-        elif each.teacher is not None:
-            teachers = outputs[each.teacher]
-        ctx.cocktail.activate(each.subnet)
-        for layer in ctx.cocktail.layers.values():
-            layer.dense_grad = each.dense_grad
-        results, losses = [], []
-        for index, ((x, target), teacher) in enumerate(zip(parts, teachers, strict=True)):
-            synchronised = last_pass and index == len(parts) - 1
-            with nullcontext() if synchronised or self.world == 1 else ctx.network.no_sync():
-                with self._autocast():
-                    output = ctx.network(self._input(each, x))
-                    loss = self._loss(each, output, target, teacher)
-                self.scaler.scale(loss * (each.weight / len(parts))).backward()
-            results.append(output.detach())
-            losses.append(loss.detach())
-        self._losses.append((ctx.step, each.subnet, torch.stack(losses).mean()))
-        return results
-
-    @staticmethod
-    def _input(each: Pass, x: Tensor) -> Tensor:
-        return x if each.transform is None else each.transform(x)
-
-    def _loss(self, each: Pass, output: Tensor, target: Tensor, teacher: Tensor | None) -> Tensor:
-        if each.loss is not None:
-            return each.loss(output, target, teacher)
-        loss = self.task.loss(output, target)
-        if teacher is None:
-            return loss
-        return 0.5 * (loss + self.task.distill(output, teacher))  # Sparse Cocktail, Eq. 1
-
-    @torch.no_grad()
-    def _teach(self, x: Tensor) -> Tensor:
-        """The dense network's output in batch statistics; running statistics stay untouched."""
-        self.ctx.cocktail.activate("dense")
-        with frozen_statistics(self.ctx.model), self._autocast():
-            return self.ctx.model(x)
-
-    def _autocast(self):
-        dtype = _AUTOCAST.get(self.config.precision)
-        return torch.autocast(self.device.type, dtype) if dtype else nullcontext()
-
-    @contextmanager
-    def _frozen(self, passes: list[Pass]) -> Iterator[None]:
-        """Undo what the optimizer does to weights (and their momentum) that no pass kept."""
-        cocktail, optimizer = self.ctx.cocktail, self.ctx.optimizer
-        rows = {cocktail.subnets[each.subnet].row for each in passes}
-        dense = None in rows or any(each.dense_grad for each in passes)
-        if dense or self.config.mask_update == "shared":
-            yield
-            return
-        saved = []
-        for index, layer in enumerate(cocktail.layers.values()):
-            bits = [cocktail.bank.views(row)[index] for row in rows]
-            kept = ops.unpack_mask(_union(bits), layer.weight.shape)
-            state = optimizer.state.get(layer.weight, {})
-            buffers = {k: v.clone() for k, v in state.items() if _is_like(v, layer.weight)}
-            saved.append((layer.weight, kept, layer.weight.detach().clone(), buffers))
-        yield
-        with torch.no_grad():
-            for weight, kept, before, buffers in saved:
-                weight.copy_(torch.where(kept, weight, before))
-                for key, value in optimizer.state.get(weight, {}).items():
-                    if _is_like(value, weight):
-                        value.copy_(torch.where(kept, value, buffers.get(key, 0.0)))
+        self.stepper.step(inputs, targets, lr)
 
     # ---- logs, checkpoints, signals --------------------------------------------------------------
 
     def _flush_losses(self, stage) -> None:
         """Write the collected losses; stop at the first one that is not finite."""
-        if not self._losses:
+        losses, self.stepper.losses = self.stepper.losses, []
+        if not losses:
             return
-        values = torch.stack([loss.float() for *_, loss in self._losses]).tolist()
+        values = torch.stack([loss.float() for *_, loss in losses]).tolist()
         lines: dict[str, list[float]] = {}
-        for (step, subnet, _), value in zip(self._losses, values, strict=True):
+        for (step, subnet, _), value in zip(losses, values, strict=True):
             if not np.isfinite(value):
-                self._losses.clear()
                 raise FloatingPointError(
                     f"the loss of {subnet} is {value} at step {step} of {stage.name} (stage "
                     f"{self.ctx.stage}); the last good checkpoint is {self.folder / CHECKPOINT}: "
                     "lower lr, add warmup or clip_norm, or check the data for NaN"
                 )
             lines.setdefault(subnet, []).append(value)
-        self._losses.clear()
         lr = self.ctx.optimizer.param_groups[0]["lr"]
         self.log("train", lr=lr, loss={k: sum(v) / len(v) for k, v in lines.items()})
 
@@ -452,7 +356,7 @@ class Trainer:
             "model": model,
             "cocktail": ctx.cocktail.state(),
             "optimizer": ctx.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
             "method": self.method.state,
             "random": {
                 "cpu": torch.get_rng_state(),
@@ -471,7 +375,7 @@ class Trainer:
         ctx.optimizer = self._new_optimizer()
         ctx.optimizer.load_state_dict(tree["optimizer"])
         if tree["scaler"]:
-            self.scaler.load_state_dict(tree["scaler"])
+            self.stepper.scaler.load_state_dict(tree["scaler"])
         torch.set_rng_state(tree["random"]["cpu"])
         if tree["random"]["device"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(tree["random"]["device"])
@@ -532,14 +436,3 @@ class Trainer:
             "subnets": rows,
             "method_state": dataclasses.asdict(self.method.state),
         }
-
-
-def _union(bits: list[Tensor]) -> Tensor:
-    union = bits[0]
-    for other in bits[1:]:
-        union = ops.mask_or(union, other)
-    return union
-
-
-def _is_like(value: Any, weight: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == weight.shape

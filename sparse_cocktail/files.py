@@ -31,9 +31,10 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        reason = error.strerror or error
         raise OSError(
             error.errno,
-            f"{path} was not written ({error.strerror}); the previous file, if any, is unchanged",
+            f"{path} was not written ({reason}); the previous file, if any, is unchanged",
         ) from error
     finally:
         beside.unlink(missing_ok=True)
@@ -55,7 +56,7 @@ def write_tensors(
 ) -> None:
     """Write one safetensors file, atomically. Tensors are stored contiguous, from the CPU."""
     stored = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    data = serialize(stored, metadata=header)
+    data = serialize(stored, metadata=header or None)
     write_atomic(path, lambda file: file.write(data))
 
 
@@ -65,7 +66,9 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict
     Raises FileNotFoundError, or ValueError for a file that is truncated or of another kind.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; check the path of the file to load")
+        raise FileNotFoundError(
+            f"{path} does not exist or is no file; check the path of the file to load"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

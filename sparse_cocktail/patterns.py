@@ -20,6 +20,11 @@ def _check_sparsity(kind: str, sparsity: float) -> None:
         )
 
 
+def _in_name(sparsity: float) -> str:
+    """Four decimals; never 1.0000, which would not be a sparsity."""
+    return f"{min(abs(sparsity), 0.9999):.4f}"
+
+
 @dataclass(frozen=True)
 class Pattern:
     """Base of all patterns. `sparsity` is the nominal share of zeros, `density` = 1 - sparsity."""
@@ -56,7 +61,7 @@ class Unstructured(Pattern):
         _check_sparsity("Unstructured", self.sparsity)
 
     def __str__(self) -> str:
-        return f"unstructured-{self.sparsity:.4f}"
+        return f"unstructured-{_in_name(self.sparsity)}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Channel(Pattern):
         _check_sparsity("Channel", self.sparsity)
 
     def __str__(self) -> str:
-        return f"channel-{self.sparsity:.4f}"
+        return f"channel-{_in_name(self.sparsity)}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Block(Pattern):
             )
 
     def __str__(self) -> str:
-        return f"block-{self.rows}x{self.cols}-{self.sparsity:.4f}"
+        return f"block-{self.rows}x{self.cols}-{_in_name(self.sparsity)}"
 
 
 _NUMBER = r"(\d*\.?\d+)"
@@ -139,7 +144,7 @@ def parse(text: str | Pattern) -> Pattern:
     if isinstance(text, Pattern):
         return text
     for regex, make in _GRAMMAR:
-        if found := regex.fullmatch(text):
+        if found := regex.fullmatch(str(text)):
             return make(*found.groups())
     raise ValueError(
         f"parse: pattern {text!r} is unknown; use dense, unstructured-S, channel-S, N:M or "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from .files import write_atomic
@@ -48,22 +49,16 @@ def results_table(results: dict[str, Any]) -> Table:
     dense = next(s["accuracy"] for s in subnets if s["pattern"] == "dense")
     table = Table(
         title="{method} on {data} ({model}, seed {seed})".format(**results),
-        caption="accuracy: test set, percent; own: that stage's own weights; interpolated: one "
-        "weight set, before consolidation; parameters: nonzero; FLOPs: multiply-adds per sample",
+        caption="acc.: test accuracy in percent; gap: to dense; own: with that stage's own "
+        "weights; interp.: one weight set before consolidation; params: nonzero; "
+        "FLOPs: multiply-adds per sample",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    columns = (
-        "subnet",
-        "sparsity",
-        "accuracy",
-        "gap",
-        "own",
-        "interpolated",
-        "parameters",
-        "FLOPs",
-    )
-    for column in columns:
-        table.add_column(column, justify="left" if column == "subnet" else "right")
-    for key, members in grouped(subnets).items():
+    for column in ("subnet", "zeros", "acc.", "gap", "own", "interp.", "params", "FLOPs"):
+        justify = "left" if column == "subnet" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
+    for members in grouped(subnets).values():
         for s in members:
             table.add_row(
                 s["name"],
@@ -78,7 +73,7 @@ def results_table(results: dict[str, Any]) -> Table:
         if len(members) > 1:
             average = mean([s["accuracy"] for s in members])
             table.add_row(
-                f"mean of {len(members)} {PATTERNS[key][0]}",
+                f"mean of {len(members)}",
                 "",
                 f"{average:.2f}",
                 f"{average - dense:+.2f}",

@@ -30,8 +30,8 @@ def geometric_density(rate: float, stage: int) -> float:
 
 
 def keep_count(density: float, total: int) -> int:
-    """How many of `total` units a density keeps: rounded to nearest (half up), at least one."""
-    return max(1, math.floor(density * total + 0.5))
+    """How many of `total` units a density keeps: to nearest (half up), at least one."""
+    return min(total, max(1, math.floor(density * total + 0.5)))
 
 
 def length_in_steps(length: float, epochs: int, steps_per_epoch: int) -> int:

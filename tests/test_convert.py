@@ -31,7 +31,7 @@ def chain(widths=(8, 12, 6), **arguments):
 def shake(model):
     for norm in (m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        for tensor, low in zip(tensors, (0.5, -1.0, -0.5, 0.5), strict=True):
+        for tensor, low in zip(tensors, (0.5, -0.2, -0.5, 0.5), strict=True):
             if tensor is not None:
                 nn.init.uniform_(tensor, low, low + 1.0)
     return model
@@ -198,8 +198,8 @@ def test_skip(skip, masked):
     model = convert(models.build("resnet8"), skip=skip)
     found = model.conversion.masked
     assert [n for n in found if n in ("blocks.0.conv1", "blocks.1.conv1", "fc")] == masked
-    skipped = [n for n, reason in model.conversion.left.items() if "request" in reason]
-    assert set(found).isdisjoint(skipped) and len(found) + len(skipped) == 9
+    assert set(found).isdisjoint(model.conversion.left)
+    assert len(found) + len(model.conversion.left) == 10
 
 
 def test_unknown_name_in_skip_is_an_error():
@@ -313,9 +313,10 @@ def test_channel_subnet_equals_the_slimmed_network(bias, tracked, training, spar
 # ---- compiled, checkpointed ----------------------------------------------------------------------
 
 
-def test_switching_subnets_recompiles_nothing():
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_switching_subnets_recompiles_nothing(training):
     torch._dynamo.reset()
-    model = convert(chain())
+    model = convert(chain()).train(training)
     cocktail, x = Cocktail(model), images()
     for pattern in ("2:4", "channel-0.5", "unstructured-0.8", "block-2x2-0.5"):
         cocktail.add(pattern)

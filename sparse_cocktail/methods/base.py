@@ -14,10 +14,12 @@ from time import perf_counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..cocktail import Cocktail
 from ..data import Data, generator_for
+from ..files import read_tensors, write_tensors
 from ..recalibrate import recalibrate
 from ..tasks import Task
 
@@ -106,6 +108,26 @@ class Context:
             yield
         finally:
             self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
+
+    # ---- weights in files of the run -------------------------------------------------------------
+
+    def weights(self) -> dict[str, Tensor]:
+        """Everything but masks: parameters and BatchNorm statistics, the tensors themselves."""
+        with self.cocktail.using("dense"):
+            return {k: v.detach() for k, v in self.model.state_dict().items()}
+
+    def save_weights(self, name: str) -> None:
+        """Write the present weights to a file of the run's folder (rank 0; the others wait)."""
+        weights = self.weights()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_tensors(self.folder / name, weights, {})
+        if dist.is_initialized():
+            dist.barrier()
+
+    def read_weights(self, name: str) -> dict[str, Tensor]:
+        """Weights that `save_weights` wrote, on the run's device."""
+        tensors, _ = read_tensors(self.folder / name)
+        return {k: v.to(self.device) for k, v in tensors.items()}
 
     # ---- measuring subnets -----------------------------------------------------------------------
 

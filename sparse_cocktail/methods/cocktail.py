@@ -8,7 +8,6 @@ from functools import partial
 import torch
 
 from ..averaging import ALPHAS, greedy_interpolation
-from ..files import read_tensors, write_tensors
 from ..patterns import NM, Channel, Unstructured, parse
 from ..schedules import cosine, cyclic_cosine, geometric_density, length_in_steps
 from ..selection import check_ranks_agree, eligible, unified_stage
@@ -176,22 +175,16 @@ class SparseCocktail(Method):
 
     def after_epoch(self, ctx: Context) -> None:
         if ctx.stage == 0 and ctx.epoch + 1 == ctx.options.rewind:
-            write_tensors(ctx.folder / REWIND, self._weights(ctx), {})
+            ctx.save_weights(REWIND)
 
     # ---- after the stages ------------------------------------------------------------------------
 
     def after_stage(self, ctx: Context) -> None:
         if ctx.stage <= ctx.options.stages:
-            write_tensors(ctx.folder / pool_file(ctx.stage), self._weights(ctx), {})
+            ctx.save_weights(pool_file(ctx.stage))
         if ctx.stage == ctx.options.stages:
             with ctx.timed("interpolate"):
                 self._interpolate(ctx)
-
-    @staticmethod
-    def _weights(ctx: Context) -> dict[str, torch.Tensor]:
-        """Everything but masks: weights, BatchNorm parameters and statistics."""
-        with ctx.cocktail.using("dense"):
-            return {k: v.detach() for k, v in ctx.model.state_dict().items()}
 
     def _interpolate(self, ctx: Context) -> None:
         """Fold the weights of stages 1..N into one set that serves every subnet."""
@@ -205,29 +198,24 @@ class SparseCocktail(Method):
             return sum(scores.values()) / len(scores)
 
         cocktail.activate("dense")
-        pool = ((k, self._load(ctx, pool_file(k))) for k in range(1, o.stages + 1))
+        pool = ((k, ctx.read_weights(pool_file(k))) for k in range(1, o.stages + 1))
         state, choices = greedy_interpolation(pool, score, ALPHAS)
         self.state.choices = [vars(choice) for choice in choices]
         for choice in choices:
             ctx.log("interpolate", stage=choice.stage, alpha=choice.alpha, score=choice.score)
         ctx.model.load_state_dict(state)
-        write_tensors(ctx.folder / INTERPOLATED, state, {})
-
-    @staticmethod
-    def _load(ctx: Context, name: str) -> dict[str, torch.Tensor]:
-        tensors, _ = read_tensors(ctx.folder / name)
-        return {k: v.to(ctx.device) for k, v in tensors.items()}
+        ctx.save_weights(INTERPOLATED)
 
     def finish(self, ctx: Context) -> dict[str, dict[str, float]]:
         cocktail, scores = ctx.cocktail, {name: {} for name in ctx.cocktail.subnets}
         cocktail.activate("dense")
-        final = {k: v.clone() for k, v in self._weights(ctx).items()}
+        final = {k: v.clone() for k, v in ctx.weights().items()}
         for k in range(ctx.options.stages + 1):
-            ctx.model.load_state_dict(self._load(ctx, pool_file(k)))
+            ctx.model.load_state_dict(ctx.read_weights(pool_file(k)))
             own = [name for name, subnet in cocktail.subnets.items() if (subnet.stage or 0) == k]
             for name, accuracy in ctx.measure(own, "test").items():
                 scores[name]["accuracy_own"] = accuracy
-        ctx.model.load_state_dict(self._load(ctx, INTERPOLATED))
+        ctx.model.load_state_dict(ctx.read_weights(INTERPOLATED))
         for name, accuracy in ctx.measure(list(scores), "test").items():
             scores[name]["accuracy_interpolated"] = accuracy
         ctx.model.load_state_dict(final)

@@ -4,8 +4,6 @@ from .dispatch import BACKENDS, backend, extension_path, implementations
 from .masked import masked_conv2d, masked_linear, masked_weight, masked_weights
 from .masks import (
     block_masks,
-    channel_masks,
-    channel_scores,
     mask_and,
     mask_andnot,
     mask_count,
@@ -13,9 +11,9 @@ from .masks import (
     nm_mask,
     pack_mask,
     topk_masks,
-    unified_masks,
     unpack_mask,
 )
+from .unified import channel_masks, channel_scores, unified_masks
 
 __all__ = [
     "BACKENDS",

@@ -65,6 +65,10 @@ def backend(name: str) -> Iterator[None]:
 
 def implementations(op: str) -> tuple[str, ...]:
     """Backends that implement an op here, the fallback `reference` first."""
+    if op not in _implementations:
+        raise ValueError(
+            f"ops.implementations: op={op!r} is unknown; use one of {', '.join(_implementations)}"
+        )
     return tuple(_implementations[op])
 
 

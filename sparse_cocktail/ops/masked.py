@@ -18,7 +18,7 @@ from .dispatch import (
     define,
     gradient,
 )
-from .masks import _strided
+from .masks import strided
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight", "masked_weights"]
 
@@ -34,7 +34,7 @@ def _check_masked_weight(weight, bits, dtype=None) -> None:
 
 
 def _masked_weight_cpp(weight, bits, dtype=None) -> Tensor:
-    masked = _cpp.masked_weight(_strided(weight), bits.contiguous())
+    masked = _cpp.masked_weight(strided(weight), bits.contiguous())
     dtype = dtype or weight.dtype
     if masked.dtype == dtype and masked.stride() == weight.stride():
         return masked
@@ -295,8 +295,8 @@ def _pair(name: str, value: int | Sequence[int]) -> list[int]:
     pair = [value, value] if isinstance(value, int) else value
     if isinstance(pair, str) or len(pair) != 2:
         raise ValueError(
-            f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d also takes "
-            "padding='same' and other padding modes"
+            f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d "
+            "also takes padding='same' and other padding modes"
         )
     return list(pair)
 
@@ -324,7 +324,7 @@ def masked_conv2d(
         dense_grad: give the weight its dense gradient (straight-through) instead of the masked one.
 
     Returns:
-        (batch, out, height', width') in the dtype and memory format of x.
+        (batch, out, height', width') in the dtype of x, with the strides that F.conv2d gives.
     """
     batched = x if x.dim() != 3 else x.unsqueeze(0)
     result = _conv(

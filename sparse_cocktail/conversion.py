@@ -1,0 +1,165 @@
+"""`convert`: put masked layers into a model in place, and say what was left and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear
+
+__all__ = ["Conversion", "convert"]
+
+_SWAPS = {
+    nn.Linear: MaskedLinear,
+    nn.Conv2d: MaskedConv2d,
+    nn.BatchNorm2d: MaskedBatchNorm2d,
+}
+_READS_WEIGHT = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
+
+@dataclass
+class Conversion:
+    """What `convert` did: names of masked layers, and the layers it left with the reason."""
+
+    masked: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def convert(
+    model: nn.Module,
+    skip: Callable[[str, nn.Module], bool] | Iterable[str] | None = None,
+    example_input: Tensor | tuple | None = None,
+    channels_last: bool = False,
+) -> nn.Module:
+    """Swap nn.Linear, nn.Conv2d and nn.BatchNorm2d for their masked forms, in place.
+
+    Parameters stay the same objects, so an existing optimizer stays valid. The first convolution
+    stays dense. Layers are left, with the reason in `model.conversion.left`, when their parent
+    reads the weight itself, when their weight is tied to another layer, when they are of a
+    subclass, and when `skip` says so. Channels that a convolution prunes are silenced in the
+    BatchNorm behind it; these pairs come from one recorded forward when `example_input` is given,
+    else from the order of registration.
+
+    Args:
+        model: any module.
+        skip: names to leave dense, or a function (name, module) -> bool.
+        example_input: a tensor (or tuple of arguments) for one forward in eval mode.
+        channels_last: re-lay 4-D weights in channels_last under the same Parameters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: when `skip` names a layer that is not there, or nothing could be converted.
+    """
+    report = Conversion()
+    names = dict(model.named_modules())
+    reasons = _reasons_to_leave(model, names, skip)
+    for name, module in names.items():
+        if type(module) not in _SWAPS or name == "":
+            continue
+        if name in reasons and not isinstance(module, nn.BatchNorm2d):
+            report.left[name] = reasons[name]
+            continue
+        parent, _, child = name.rpartition(".")
+        made = _SWAPS[type(module)].from_dense(module)
+        setattr(names[parent], child, made)
+        if not isinstance(module, nn.BatchNorm2d):
+            report.masked.append(name)
+    if not report.masked:
+        raise ValueError(
+            f"convert: no layer of {type(model).__name__} was converted (left: {report.left}); the "
+            "model needs nn.Linear or nn.Conv2d layers beyond its first convolution"
+        )
+    if channels_last:
+        for parameter in model.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    pairs = _recorded_pairs(model, example_input) if example_input is not None else None
+    for norm, source in (_registered_pairs(model) if pairs is None else pairs).items():
+        model.get_submodule(norm).source = source
+    model.conversion = report
+    return model
+
+
+def _reasons_to_leave(model, names, skip) -> dict[str, str]:
+    reasons: dict[str, str] = {}
+    convolutions = [n for n, m in names.items() if isinstance(m, nn.Conv2d)]
+    if convolutions:
+        reasons[convolutions[0]] = "first convolution"
+    if skip is not None and not callable(skip):
+        wanted = set(skip)
+        if unknown := sorted(wanted - set(names)):
+            raise ValueError(
+                f"convert: skip names {unknown}, which the model does not have; its layers are "
+                f"{[n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))]}"
+            )
+        skip = lambda name, _: any(name == w or name.startswith(w + ".") for w in wanted)  # noqa: E731
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            if isinstance(getattr(module, "weight", None), nn.Parameter):
+                owners.setdefault(id(module.weight), []).append(name)  # e.g. a tied embedding
+            continue
+        owners.setdefault(id(module.weight), []).append(name)
+        if not isinstance(module.weight, nn.Parameter):
+            reasons[name] = "its weight is computed (pruned or re-parametrised), not a Parameter"
+        if skip is not None and skip(name, module):
+            reasons[name] = "skipped on request"
+        parents = [names[name[:i]] for i, c in enumerate(name) if c == "."]
+        if reader := next((p for p in parents if isinstance(p, _READS_WEIGHT)), None):
+            reasons[name] = f"{type(reader).__name__} reads its weight directly"
+        if type(module) not in _SWAPS:
+            reasons[name] = f"subclass {type(module).__name__}"
+    for shared in owners.values():
+        for name in shared if len(shared) > 1 else ():
+            reasons[name] = f"weight tied between {', '.join(shared)}"
+    return reasons
+
+
+def _registered_pairs(model: nn.Module) -> dict[str, str]:
+    """BatchNorm name -> the convolution registered just before it, where the widths agree."""
+    pairs, previous = {}, None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            previous = (name, module)
+        elif isinstance(module, MaskedBatchNorm2d) and previous is not None:
+            source, convolution = previous
+            same_width = convolution.out_channels == module.num_features
+            if isinstance(convolution, MaskedConv2d) and same_width:
+                pairs[name] = source
+            previous = None
+    return pairs
+
+
+def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]:
+    """BatchNorm name -> the convolution whose very output it received in one forward."""
+    produced: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so its id stays unique
+    pairs: dict[str, str] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedConv2d):
+
+            def remember(_, inputs, output, name=name):
+                produced[id(output)] = (name, output)
+
+            handles.append(module.register_forward_hook(remember))
+        elif isinstance(module, MaskedBatchNorm2d):
+
+            def pair(_, inputs, name=name):
+                if id(inputs[0]) in produced:
+                    pairs[name] = produced[id(inputs[0])][0]
+
+            handles.append(module.register_forward_pre_hook(pair))
+    training = model.training
+    try:
+        with torch.no_grad():
+            model.eval()(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return pairs

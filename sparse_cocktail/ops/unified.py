@@ -1,0 +1,202 @@
+"""Ops of the `masks` family that choose channels, and unified mask generation of a whole stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference import bits_shape
+from .dispatch import check_bits, check_same_length, check_weights, define
+from .masks import check_keep, check_within, new_bits, nm_mask, topk_masks
+
+__all__ = ["channel_masks", "channel_scores", "unified_masks"]
+
+
+def _check_beta(op: str, beta: float) -> None:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"{op}: beta={beta} is not in [0, 1]; the paper uses 0.8")
+
+
+def _check_scores(weights, unstructured, nm, beta) -> None:
+    check_weights("channel_scores", weights)
+    _check_beta("channel_scores", beta)
+    for masks, name in ((unstructured, "unstructured"), (nm, "nm")):
+        check_same_length("channel_scores", weights, masks, name)
+        for i, (weight, bits) in enumerate(zip(weights, masks, strict=True)):
+            check_bits("channel_scores", bits, bits_shape(weight.shape), f"{name}[{i}]")
+
+
+_scores = define(
+    "channel_scores(Tensor[] weights, Tensor[] unstructured, Tensor[] nm, float beta) -> Tensor[]",
+    reference=reference.channel_scores,
+    fake=lambda weights, unstructured, nm, beta: [
+        w.new_empty(w.shape[:1], dtype=torch.int64) for w in weights
+    ],
+    check=_check_scores,
+)
+
+
+def channel_scores(
+    weights: Sequence[Tensor],
+    unstructured: Sequence[Tensor],
+    nm: Sequence[Tensor],
+    beta: float = 0.8,
+) -> list[Tensor]:
+    """Importance of every output channel: beta * |mu * w|_1 + (1 - beta) * |mn * w|_1.
+
+    Sums are in fixed point (round(|w| * 2^38) in int64, saturating) and beta is a ratio of integers
+    (0.8 -> 4 : 1), so every backend gives the same int64 scores, shape (out,).
+    Source: Sparse Cocktail, section 3.4.
+    """
+    return _scores(list(weights), list(unstructured), list(nm), beta)
+
+
+def _check_channel_masks(scores, keep, taps, inputs) -> None:
+    for name, other in (("keep", keep), ("shapes", taps), ("shapes", inputs)):
+        if len(other) != len(scores):
+            raise ValueError(
+                f"channel_masks: {name} has {len(other)} entries for {len(scores)} score tensors; "
+                "give one each"
+            )
+    for i, (score, count) in enumerate(zip(scores, keep, strict=True)):
+        if score.dtype != torch.int64 or score.dim() != 1:
+            raise TypeError(
+                f"channel_masks: scores[{i}] is {score.dtype} of shape {tuple(score.shape)}, "
+                "but scores are int64 of shape (out,); make them with ops.channel_scores"
+            )
+        if not 0 <= count <= score.numel():
+            raise ValueError(
+                f"channel_masks: keep[{i}]={count} is not in [0, {score.numel()}], the number "
+                "of output channels; give a count, for example round(density * out)"
+            )
+
+
+_channels = define(
+    "channel_masks(Tensor[] scores, int[] keep, SymInt[] taps, SymInt[] inputs) -> Tensor[]",
+    reference=lambda scores, keep, taps, inputs: reference.channel_masks(
+        scores, keep, [(s.numel(), i, t) for s, t, i in zip(scores, taps, inputs, strict=True)]
+    ),
+    fake=lambda scores, keep, taps, inputs: [
+        s.new_empty(bits_shape((s.shape[0], i, t)), dtype=torch.int32)
+        for s, t, i in zip(scores, taps, inputs, strict=True)
+    ],
+    check=_check_channel_masks,
+)
+
+
+def channel_masks(
+    scores: Sequence[Tensor], keep: Sequence[int], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Bits that keep whole output channels: the keep[i] best of layer i; ties to the lower channel.
+
+    Args:
+        scores: int64 (out,) per layer, as from `channel_scores`. Negative scores are never kept.
+        keep: number of channels per layer.
+        shapes: shape (out, in, *taps) of each weight.
+    """
+    for i, (score, shape) in enumerate(zip(scores, shapes, strict=False)):
+        if len(shape) < 2 or shape[0] != score.shape[0]:
+            raise ValueError(
+                f"channel_masks: shapes[{i}]={tuple(shape)} does not start with the "
+                f"{score.shape[0]} channels of scores[{i}]; give the shape of its weight"
+            )
+    taps = [math.prod(shape[2:]) for shape in shapes]
+    return _channels(list(scores), list(keep), taps, [shape[1] for shape in shapes])
+
+
+def _unified_reference(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
+    nm = tuple(nm) if nm else None
+    lists = reference.unified_masks(weights, keep, nm, channel_keep, beta, within, nm_bits)
+    return [bits for masks in lists for bits in masks]
+
+
+def _unified_composed(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
+    """The same from the ops above, each in its best backend."""
+    unstructured = topk_masks(weights, keep, within)
+    if nm:
+        nm_bits = [
+            nm_mask(w, *nm) if w.shape[1] % nm[1] == 0 else reference.ones(w) for w in weights
+        ]
+    elif nm_bits is None:
+        nm_bits = [reference.ones(w) for w in weights]
+    else:
+        nm_bits = [bits.clone() for bits in nm_bits]
+    scores = reference.channel_scores(weights, unstructured, nm_bits, beta)
+    channel = reference.channel_masks(scores, channel_keep, [w.shape for w in weights])
+    return [*unstructured, *nm_bits, *channel]
+
+
+def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None) -> None:
+    op = "unified_masks"
+    check_weights(op, weights)
+    check_keep(op, [keep], [w.numel() for w in weights], "elements")
+    _check_beta(op, beta)
+    check_within(op, weights, within)
+    check_same_length(op, weights, channel_keep, "channel_keep")
+    for i, (weight, count) in enumerate(zip(weights, channel_keep, strict=True)):
+        if not 0 <= count <= weight.shape[0]:
+            raise ValueError(
+                f"{op}: channel_keep[{i}]={count} is not in [0, {weight.shape[0]}], the number "
+                "of output channels; give a count"
+            )
+    if nm and (len(nm) != 2 or not 1 <= nm[0] < nm[1] <= 32):
+        raise ValueError(
+            f"{op}: nm={tuple(nm)} breaks 1 <= n < m <= 32; for example (2, 4) keeps 2 of 4"
+        )
+    if nm and nm_bits is not None:
+        raise ValueError(f"{op}: both nm={tuple(nm)} and nm_bits are given; give one of them")
+    if nm_bits is not None:
+        check_same_length(op, weights, nm_bits, "nm_bits")
+        for i, (weight, bits) in enumerate(zip(weights, nm_bits, strict=True)):
+            check_bits(op, bits, bits_shape(weight.shape), f"nm_bits[{i}]")
+
+
+_unified = define(
+    "unified_masks(Tensor[] weights, int keep, int[] nm, int[] channel_keep, float beta, "
+    "Tensor[]? within=None, Tensor[]? nm_bits=None) -> Tensor[]",
+    reference=_unified_reference,
+    cpp=_unified_composed,
+    fake=lambda weights, *_: [new_bits(w) for _ in range(3) for w in weights],
+    check=_check_unified,
+)
+
+
+def unified_masks(
+    weights: Sequence[Tensor],
+    keep: int,
+    nm: tuple[int, int] | None,
+    channel_keep: Sequence[int],
+    beta: float = 0.8,
+    within: Sequence[Tensor] | None = None,
+    nm_bits: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Unstructured, N:M and channel masks of one stage (Sparse Cocktail, section 3.4).
+
+    Args:
+        weights: tensors (out, in, *taps) of one dtype and device.
+        keep: number of single weights the unstructured mask keeps over all tensors together.
+        nm: (n, m) for fresh N:M masks, where in % m == 0 (other layers keep everything); or None:
+            then `nm_bits` are taken, or everything is kept.
+        channel_keep: number of output channels to keep per layer, chosen by `channel_scores`.
+        beta: share of the unstructured mask in the channel score.
+        within: bits of the weights that are eligible for the unstructured mask (nesting).
+
+    Returns:
+        (unstructured, nm, channel), each one int32 tensor of bits per weight.
+    """
+    weights = list(weights)
+    flat = _unified(
+        weights,
+        keep,
+        list(nm or ()),
+        list(channel_keep),
+        beta,
+        None if within is None else list(within),
+        None if nm_bits is None else list(nm_bits),
+    )
+    count = len(weights)
+    return flat[:count], flat[count : 2 * count], flat[2 * count :]

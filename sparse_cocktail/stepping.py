@@ -1,0 +1,144 @@
+"""One optimizer step: its passes, their losses and teachers, and the weights that stay frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .methods import Context, Method, Pass
+from .recalibrate import frozen_statistics
+from .schedules import length_in_steps
+
+__all__ = ["Stepper"]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Stepper:
+    """Runs the steps that a method describes.
+
+    `losses` collects (step, subnet, loss on the device) until the engine takes them, so that no
+    step waits for the device.
+    """
+
+    def __init__(self, ctx: Context, method: Method) -> None:
+        self.ctx, self.method = ctx, method
+        fp16 = ctx.config.precision == "fp16"
+        self.scaler = torch.amp.GradScaler(ctx.device.type, enabled=fp16)
+        self.losses: list[tuple[int, str, Tensor]] = []
+        self.distributed = hasattr(ctx.network, "no_sync")
+
+    def step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
+        """All passes forward and backward, then one optimizer step at learning rate `lr`."""
+        ctx, config = self.ctx, self.ctx.config
+        warmup = length_in_steps(config.warmup, ctx.stages[ctx.stage].epochs, ctx.steps_per_epoch)
+        if ctx.step < warmup:
+            lr *= (ctx.step + 1) / warmup
+        for group in ctx.optimizer.param_groups:
+            group["lr"] = lr
+        if config.channels_last and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        chunks = inputs.chunk(config.accumulate), targets.chunk(config.accumulate)
+        parts = list(zip(*chunks, strict=True))
+        passes = self.method.step(ctx)
+        ctx.optimizer.zero_grad(set_to_none=True)
+        outputs: list[list[Tensor]] = []
+        for each in passes:
+            last = len(outputs) == len(passes) - 1
+            outputs.append(self._run_pass(each, parts, outputs, last))
+            self.method.after_pass(ctx)
+        self.scaler.unscale_(ctx.optimizer)
+        if config.clip_norm:
+            nn.utils.clip_grad_norm_(ctx.model.parameters(), config.clip_norm)
+        self.method.before_step(ctx)
+        with self._frozen(passes):
+            self.scaler.step(ctx.optimizer)
+        self.scaler.update()
+        self.method.after_step(ctx)
+
+    def _run_pass(self, each: Pass, parts: list, outputs: list, last: bool) -> list[Tensor]:
+        """Forward and backward over the parts of the batch; returns the detached outputs."""
+        ctx = self.ctx
+        teachers: list[Tensor | None] = [None] * len(parts)
+        if each.teacher == "dense":
+            teachers = [self._teach(_transformed(each, x)) for x, _ in parts]
+        elif each.teacher is not None:
+            teachers = outputs[each.teacher]
+        ctx.cocktail.activate(each.subnet)
+        for layer in ctx.cocktail.layers.values():
+            layer.dense_grad = each.dense_grad
+        results, losses = [], []
+        for index, ((x, target), teacher) in enumerate(zip(parts, teachers, strict=True)):
+            wait = self.distributed and not (last and index == len(parts) - 1)
+            with ctx.network.no_sync() if wait else nullcontext():
+                with self._autocast():
+                    output = ctx.network(_transformed(each, x))
+                    loss = self._loss(each, output, target, teacher)
+                self.scaler.scale(loss * (each.weight / len(parts))).backward()
+            results.append(output.detach())
+            losses.append(loss.detach())
+        self.losses.append((ctx.step, each.subnet, torch.stack(losses).mean()))
+        return results
+
+    def _loss(self, each: Pass, output: Tensor, target: Tensor, teacher: Tensor | None) -> Tensor:
+        if each.loss is not None:
+            return each.loss(output, target, teacher)
+        loss = self.ctx.task.loss(output, target)
+        if teacher is None:
+            return loss
+        return 0.5 * (loss + self.ctx.task.distill(output, teacher))  # Sparse Cocktail, Eq. 1
+
+    @torch.no_grad()
+    def _teach(self, x: Tensor) -> Tensor:
+        """The dense network's output in batch statistics; running statistics stay untouched."""
+        self.ctx.cocktail.activate("dense")
+        with frozen_statistics(self.ctx.model), self._autocast():
+            return self.ctx.model(x)
+
+    def _autocast(self):
+        dtype = _AUTOCAST.get(self.ctx.config.precision)
+        return torch.autocast(self.ctx.device.type, dtype) if dtype else nullcontext()
+
+    @contextmanager
+    def _frozen(self, passes: list[Pass]) -> Iterator[None]:
+        """Undo what the optimizer does to weights (and their momentum) that no pass kept."""
+        cocktail, optimizer = self.ctx.cocktail, self.ctx.optimizer
+        rows = {cocktail.subnets[each.subnet].row for each in passes}
+        dense = None in rows or any(each.dense_grad for each in passes)
+        if dense or self.ctx.config.mask_update == "shared":
+            yield
+            return
+        saved = []
+        for index, layer in enumerate(cocktail.layers.values()):
+            kept = _union([cocktail.bank.views(row)[index] for row in rows])
+            state = optimizer.state.get(layer.weight, {})
+            buffers = {k: v.clone() for k, v in state.items() if _is_like(v, layer.weight)}
+            mask = ops.unpack_mask(kept, layer.weight.shape)
+            saved.append((layer.weight, mask, layer.weight.detach().clone(), buffers))
+        yield
+        with torch.no_grad():
+            for weight, mask, before, buffers in saved:
+                weight.copy_(torch.where(mask, weight, before))
+                for key, value in optimizer.state.get(weight, {}).items():
+                    if _is_like(value, weight):
+                        value.copy_(torch.where(mask, value, buffers.get(key, 0.0)))
+
+
+def _transformed(each: Pass, x: Tensor) -> Tensor:
+    return x if each.transform is None else each.transform(x)
+
+
+def _union(bits: list[Tensor]) -> Tensor:
+    union = bits[0]
+    for other in bits[1:]:
+        union = ops.mask_or(union, other)
+    return union
+
+
+def _is_like(value: Any, weight: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == weight.shape

@@ -1,0 +1,321 @@
+"""MaskBank and the masks of a whole network: memory, agreement with the ops, exact counts."""
+
+import pytest
+import torch
+
+from sparse_cocktail import NM, Block, Channel, Dense, MaskBank, Unstructured, ops
+from sparse_cocktail.selection import eligible, magnitude_masks, unified_stage
+
+# A depthwise, an odd, a two-word and a linear weight (in = 1, 7, 40, 24): few patterns fit all.
+SHAPES = [(8, 1, 3, 3), (5, 7, 3, 3), (12, 40, 1, 1), (16, 24)]
+TOTAL = 8 * 9 + 5 * 7 * 9 + 12 * 40 + 16 * 24
+
+
+@pytest.fixture
+def weights():
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+@pytest.fixture
+def bank(weights):
+    return MaskBank(weights)
+
+
+def unpack(weights, bits):
+    return [ops.unpack_mask(b, w.shape) for b, w in zip(bits, weights, strict=True)]
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def alive(bits):
+    """Channels of each weight that keep anything."""
+    return [b.flatten(1).ne(0).any(1) for b in bits]
+
+
+def assert_whole_rows(weights, bits):
+    for mask in unpack(weights, bits):
+        rows = mask.flatten(1)
+        assert torch.equal(rows.any(1), rows.all(1)), "a channel is neither kept nor pruned"
+
+
+def inside(small, large):
+    return all(not ops.mask_andnot(s, g).any() for s, g in zip(small, large, strict=True))
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def test_rows_start_pruned_and_views_share_their_memory(bank, weights):
+    row = bank.add()
+    assert (row, len(bank), bank.numel, bank.count(row)) == (0, 1, TOTAL, 0)
+    assert [tuple(v.shape) for v in bank.views(row)] == [
+        (8, 9, 1),
+        (5, 9, 1),
+        (12, 1, 2),
+        (16, 1, 1),
+    ]
+    bank.flat(row).fill_(1)
+    assert all((view == 1).all() for view in bank.views(row))
+    assert sum(v.numel() for v in bank.views(row)) == bank.flat(row).numel()
+    bank.views(row)[-1].zero_()
+    assert bank.count(row) == bank.flat(row).numel() - 16
+
+
+def test_addresses_are_stable_and_rows_independent(bank, weights):
+    first = bank.add(ops.topk_masks(weights, 100))
+    addresses = [v.data_ptr() for v in bank.views(first)]
+    flat, digest = bank.flat(first).data_ptr(), bank.digest(first)
+    for _ in range(20):
+        bank.topk_(bank.add(), TOTAL)
+    assert len(bank) == 21 and bank.flat(first).data_ptr() == flat
+    assert [v.data_ptr() for v in bank.views(first)] == addresses
+    assert bank.digest(first) == digest and bank.count(first) == 100
+    bank.topk_(first, 7)
+    assert [v.data_ptr() for v in bank.views(first)] == addresses and bank.count(first) == 7
+
+
+def test_digest_tells_masks_apart(bank, weights):
+    a, b = bank.add(ops.topk_masks(weights, 50)), bank.add(ops.topk_masks(weights, 50))
+    assert bank.digest(a) == bank.digest(b) and len(bank.digest(a)) == 64
+    bank.views(b)[2][0, 0, 0] ^= 1
+    assert bank.digest(a) != bank.digest(b)
+
+
+def test_set_refuses_other_shapes(bank, weights):
+    row = bank.add(ops.topk_masks(weights, 50))
+    digest = bank.digest(row)
+    masks = ops.topk_masks(weights, 60)
+    for wrong in (masks[:-1], masks[::-1], [*masks[:-1], masks[-1][:3]]):
+        with pytest.raises(ValueError, match=r"MaskBank: bits have shapes .*pack_mask"):
+            bank.set_(row, wrong)
+    assert bank.digest(row) == digest
+
+
+def test_a_selection_ranks_the_present_values(bank, weights):
+    row = bank.add()
+    bank.topk_(row, 10)
+    with torch.no_grad():
+        weights[0].zero_(), weights[3].mul_(100)
+    bank.topk_(row, 10)
+    assert_same(bank.views(row), ops.topk_masks(weights, 10))
+    assert [int(ops.mask_count(v)) for v in bank.views(row)] == [0, 0, 0, 10]
+
+
+def test_bank_without_weights():
+    bank = MaskBank([])
+    assert bank.numel == 0 and bank.count(bank.add()) == 0
+
+
+# ---- selections equal the ops --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 1, 333, TOTAL])
+@pytest.mark.parametrize("kind", [int, torch.tensor], ids=["int", "tensor"])
+def test_topk(bank, weights, keep, kind):
+    row = bank.add()
+    bank.topk_(row, kind(keep))
+    assert_same(bank.views(row), ops.topk_masks(weights, keep))
+    assert bank.count(row) == keep
+
+
+def test_topk_within(bank, weights):
+    candidates, row = bank.add(), bank.add()
+    for view, weight in zip(bank.views(candidates), weights, strict=True):
+        view.copy_(ops.pack_mask(torch.rand_like(weight) < 0.5))
+    bank.topk_(row, 200, within=candidates)
+    assert_same(bank.views(row), ops.topk_masks(weights, 200, bank.views(candidates)))
+    assert bank.count(row) == 200 and inside(bank.views(row), bank.views(candidates))
+    bank.topk_(row, TOTAL, within=candidates)
+    assert bank.digest(row) == bank.digest(candidates), "fewer are eligible: all of them are kept"
+
+
+def test_topk_within_its_own_row(bank, weights):
+    row = bank.add()
+    bank.topk_(row, 300)
+    before = [v.clone() for v in bank.views(row)]
+    bank.topk_(row, 100, within=row)
+    assert bank.count(row) == 100 and inside(bank.views(row), before)
+
+
+def test_nm():
+    weights = [torch.randn(6, 8, 3, 3), torch.randn(5, 36)]
+    bank = MaskBank(weights)
+    row = bank.add()
+    bank.nm_(row, 2, 4)
+    assert_same(bank.views(row), [ops.nm_mask(w, 2, 4) for w in weights])
+    assert bank.count(row) == bank.numel // 2
+    with pytest.raises(ValueError, match="in=36, which is not a multiple of m=8"):
+        bank.nm_(row, 2, 8)
+
+
+@pytest.mark.parametrize("nm", [(2, 4), None], ids=["2:4", "from_row"])
+@pytest.mark.parametrize("nested", [False, True], ids=["free", "within"])
+def test_unified(bank, weights, nm, nested):
+    rows = bank.add(), bank.add(), bank.add()
+    older, before = bank.add(), bank.add()
+    bank.topk_(before, 900)
+    bank.set_(older, magnitude_masks(weights, NM(1, 4)))
+    within = before if nested else None
+    nm_from = None if nm else older
+    bank.unified_(rows, 400, nm, [3, 2, 6, 8], 0.8, within, nm_from)
+    expected = ops.unified_masks(
+        weights,
+        400,
+        nm,
+        [3, 2, 6, 8],
+        0.8,
+        bank.views(before) if nested else None,
+        None if nm else bank.views(older),
+    )
+    for row, masks in zip(rows, expected, strict=True):
+        assert_same(bank.views(row), masks)
+    assert bank.count(rows[0]) == 400
+    assert [int(a.sum()) for a in alive(bank.views(rows[2]))] == [3, 2, 6, 8]
+    assert inside(bank.views(rows[0]), bank.views(before)) or not nested
+
+
+def test_unified_leaves_a_missing_row_alone(bank):
+    u, c, other = bank.add(), bank.add(), bank.add()
+    bank.unified_((u, None, c), 400, None, [3, 2, 6, 8], nm_from=None)
+    assert bank.count(other) == 0 and bank.count(u) == 400
+
+
+# ---- which layers can take a pattern -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "pattern", "reason"),
+    [
+        ((5, 7, 3, 3), Dense(), None),
+        ((5, 7, 3, 3), Unstructured(0.9), None),
+        ((5, 7, 3, 3), Channel(0.9), None),
+        ((5, 8, 3, 3), NM(2, 4), None),
+        ((5, 7, 3, 3), NM(2, 4), "in=7 is not a multiple of 4"),
+        ((8, 1, 3, 3), NM(1, 2), "in=1 is not a multiple of 2"),
+        ((4, 48), NM(2, 32), "in=48 is not a multiple of 32"),
+        ((8, 8), Block(4, 2, 0.5), None),
+        ((6, 8), Block(4, 2, 0.5), "out=6 is not a multiple of 4"),
+        ((8, 6), Block(2, 4, 0.5), "in=6 is not a multiple of 4"),
+        ((5, 7), Block(-1, -1, 0.5), None),
+        ((5, 7), Block(1, -1, 0.5), None),
+        ((5, 7), Block(-1, 2, 0.5), "in=7 is not a multiple of 2"),
+    ],
+    ids=str,
+)
+def test_eligible(shape, pattern, reason):
+    assert eligible(shape, pattern) == reason
+
+
+PATTERNS = {
+    "dense": (Dense(), []),
+    "unstructured": (Unstructured(0.9), [0, 1, 2, 3]),
+    "channel": (Channel(0.6), [0, 1, 2, 3]),
+    "2:4": (NM(2, 4), [2, 3]),
+    "1:8": (NM(1, 8), [2, 3]),
+    "block": (Block(4, 4, 0.7), [2, 3]),
+    "row": (Block(1, -1, 0.5), [0, 1, 2, 3]),
+    "none": (Block(7, 7, 0.5), []),
+}
+
+
+def expected_masks(pattern, weights):
+    """The op of the pattern on the eligible weights; every count is spelled out."""
+    if isinstance(pattern, NM):
+        return [ops.nm_mask(w, pattern.n, pattern.m) for w in weights]
+    if isinstance(pattern, Unstructured):
+        return ops.topk_masks(weights, 125)  # 0.1 * 1251 = 125.1
+    if isinstance(pattern, Channel):  # 0.4 of 8, 5, 12, 16 channels
+        return ops.block_masks(weights, [3, 2, 5, 6], (1, -1))
+    keep = 21 if pattern.cols == -1 else 16  # 0.5 * 41 rows; 0.3 * (30 + 24) blocks
+    return ops.block_masks(weights, keep, (pattern.rows, pattern.cols))
+
+
+@pytest.mark.parametrize(("pattern", "chosen"), PATTERNS.values(), ids=PATTERNS)
+def test_magnitude_masks_with_mixed_layers(weights, pattern, chosen):
+    masks = magnitude_masks(weights, pattern)
+    assert not any(m.requires_grad for m in masks)
+    if chosen:
+        expected = expected_masks(pattern, [weights[i].detach() for i in chosen])
+        assert_same([masks[i] for i in chosen], expected)
+    for index, mask in enumerate(unpack(weights, masks)):
+        if index not in chosen:
+            assert mask.all(), f"layer {index} cannot take {pattern} and was pruned"
+    if isinstance(pattern, Channel):
+        assert_whole_rows(weights, masks)
+
+
+def test_at_least_one_is_kept():
+    weights = [torch.randn(3, 5), torch.randn(4, 4)]
+    masks = magnitude_masks(weights, Unstructured(0.99))
+    assert sum(int(ops.mask_count(m)) for m in masks) == 1
+    rows = magnitude_masks(weights, Channel(0.99))
+    assert [int(a.sum()) for a in alive(rows)] == [1, 1]
+
+
+# ---- a stage of Sparse Cocktail ------------------------------------------------------------------
+
+
+def stage(bank, sparsity, previous=None, nm=None, nested=False):
+    u, c, n = previous or (None, None, None)
+    return unified_stage(
+        bank,
+        Unstructured(sparsity),
+        Channel(sparsity / 2),
+        nm,
+        0.8,
+        within=u,
+        nm_from=n,
+        nested_channels_from=c if nested else None,
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["free_channels", "nested_channels"])
+def test_stages_keep_exact_counts_and_nest(bank, weights, nested):
+    previous, plan = None, [(0.2, None), (0.5, NM(2, 4)), (0.75, None), (0.9, NM(1, 4))]
+    for sparsity, nm in plan:
+        with torch.no_grad():  # the ranking changes between stages
+            for weight in weights:
+                weight.copy_(torch.randn_like(weight))
+        u, c, n = stage(bank, sparsity, previous, nm, nested)
+        assert bank.count(u) == int((1 - sparsity) * TOTAL + 0.5)
+        channels = alive(bank.views(c))
+        counts = [max(1, int((1 - sparsity / 2) * w.shape[0] + 0.5)) for w in weights]
+        assert [int(a.sum()) for a in channels] == counts
+        assert_whole_rows(weights, bank.views(c))
+        if nm is not None:
+            assert_same(bank.views(n), magnitude_masks(weights, nm))
+        else:
+            assert n == (previous and previous[2]), "the N:M row in force was not passed on"
+        if previous is not None:
+            assert inside(bank.views(u), bank.views(previous[0]))
+            within = inside(bank.views(c), bank.views(previous[1]))
+            assert within or not nested, "channels came back although they are nested"
+        previous = u, c, n
+
+
+def test_free_channels_are_those_of_the_scores(bank, weights):
+    u, c, n = stage(bank, 0.5, nm=NM(2, 4))
+    scores = ops.channel_scores(
+        [w.detach() for w in weights], bank.views(u), bank.views(n), beta=0.8
+    )
+    assert_same(bank.views(c), ops.channel_masks(scores, [6, 4, 9, 12], SHAPES))
+
+
+def test_nested_channels_are_the_best_of_the_survivors(bank, weights):
+    first = stage(bank, 0.5, nm=NM(2, 4))
+    survivors = alive(bank.views(first[1]))
+    with torch.no_grad():
+        for weight, live in zip(weights, survivors, strict=True):
+            weight[~live] *= 100  # the dead look best now
+    u, c, n = stage(bank, 0.8, first, nested=True)
+    scores = ops.channel_scores(
+        [w.detach() for w in weights], bank.views(u), bank.views(n), beta=0.8
+    )
+    for live, score, kept, count in zip(
+        survivors, scores, alive(bank.views(c)), [5, 3, 7, 10], strict=True
+    ):
+        assert not (kept & ~live).any() and int(kept.sum()) == count
+        assert score[kept].min() >= score[live & ~kept].max()

@@ -1,0 +1,138 @@
+"""The command line as a user meets it, in a subprocess or through `main`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_cocktail import cli, models
+from sparse_cocktail import data as data_sets
+
+QUICK = ["--recipe", "digits", "--epochs", "1", "--stages", "2", "--search-samples", "0"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run on digits, made by the command itself."""
+    folder = tmp_path_factory.mktemp("run")
+    command = [sys.executable, "-m", "sparse_cocktail.cli", "train", *QUICK, "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit code, standard output and error of one command."""
+    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", *map(str, arguments)])
+    monkeypatch.setattr(cli, "console", cli.Console(width=200))
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    output = capsys.readouterr()
+    return stop.value.code or 0, output.out, output.err
+
+
+def test_train_leaves_everything_in_one_folder(finished):
+    folder, output = finished
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    plots = {"plots/accuracy.png", "plots/interpolation.png", "plots/training.png"}
+    files = {"results.json", "cocktail.safetensors", "log.jsonl", "config.json"}
+    assert plots | files <= names
+    for name in plots:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert (folder / name).stat().st_size > 10_000
+    for name in ("dense", "unstructured-0.3600", "channel-0.1900", "1:2", "mean of 2"):
+        assert name in output
+
+
+def test_eval_reproduces_the_results(finished, monkeypatch, capsys):
+    folder, _ = finished
+    code, output, _ = call(monkeypatch, capsys, "eval", folder)
+    assert code == 0
+    for subnet in json.loads((folder / "results.json").read_text())["subnets"]:
+        line = next(x for x in output.splitlines() if subnet["name"] in x)
+        assert f"{subnet['accuracy']:.2f}" in line
+
+
+def test_eval_of_one_subnet_on_the_holdout(finished, monkeypatch, capsys):
+    code, output, _ = call(
+        monkeypatch, capsys, "eval", finished[0], "--subnet", "1:2", "--split", "holdout"
+    )
+    assert code == 0 and "1:2" in output and "channel" not in output
+
+
+@pytest.mark.parametrize("subnet", ["dense", "1:2", "channel-0.1900"])
+def test_exports_run_without_the_library(finished, tmp_path, monkeypatch, capsys, subnet):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    wanted = next(s["accuracy"] for s in results["subnets"] if s["name"] == subnet)
+    test = data_sets.load("digits").test
+
+    plain = tmp_path / "net.safetensors"
+    assert call(monkeypatch, capsys, "export", folder, subnet, "--out", plain)[0] == 0
+    network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10}).eval()
+    network.load_state_dict(load_file(plain))
+    assert accuracy(network, test) == pytest.approx(wanted, abs=1e-3)
+
+    program = tmp_path / "net.pt2"
+    assert call(monkeypatch, capsys, "export", folder, subnet, "--out", program)[0] == 0
+    loaded = torch.export.load(str(program)).module()
+    assert accuracy(loaded, test) == pytest.approx(wanted, abs=1e-3)
+
+
+def accuracy(network, split) -> float:
+    with torch.no_grad():
+        return 100 * (network(split.inputs).argmax(1) == split.targets).float().mean().item()
+
+
+def test_info_of_the_machine_and_of_a_file(finished, monkeypatch, capsys):
+    code, output, _ = call(monkeypatch, capsys, "info")
+    assert code == 0 and "topk_masks" in output and torch.__version__ in output
+    code, output, _ = call(monkeypatch, capsys, "info", finished[0])
+    assert code == 0 and "unstructured-0.3600" in output and "nnz" in output
+
+
+def test_paper_mode_and_help(monkeypatch, capsys, tmp_path):
+    code, output, _ = call(
+        monkeypatch, capsys, "train", *QUICK, "--stages", "1", "--paper", "--out", tmp_path
+    )
+    assert code == 0
+    assert json.loads((tmp_path / "config.json").read_text())["consolidate"] == 0
+    code, output, _ = call(monkeypatch, capsys, "train", "--help")
+    assert code == 0 and "--weight-decay" in output and "--consolidate" in output
+
+
+def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
+    folder, _ = finished
+    before = json.loads((folder / "results.json").read_text())["subnets"]
+    code, _, errors = call(monkeypatch, capsys, "train", "--resume", "--out", folder)
+    assert code == 0, errors
+    assert json.loads((folder / "results.json").read_text())["subnets"] == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--recipe", "nope", "--out", "{}"], "recipe 'nope' is neither"),
+        (["train", "--epochs", "many", "--out", "{}"], "epochs='many' is a str"),
+        (["train", "--data", "mnist", "--out", "{}"], "data: name='mnist' is unknown"),
+        (["train", "--model", "vgg", "--out", "{}"], "models: name='vgg' is unknown"),
+        (["train", "--nm", '{"4:2": 1}', "--out", "{}"], "n=4, m=2 breaks 1 <= n < m <= 32"),
+        (["eval", "{}/none.safetensors"], "does not exist"),
+        (["eval", "RUN", "--subnet", "3:4"], "subnet '3:4' is unknown"),
+        (["eval", "RUN", "--split", "dev"], "split='dev' is not one of"),
+        (["export", "RUN", "1:2", "--out", "{}/x.onnx"], "must end in .safetensors or .pt2"),
+        (["train", "--recipe", "digits", "--out", "RUN"], "holds a run already"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v[0],
+)
+def test_errors_are_one_line(finished, tmp_path, monkeypatch, capsys, arguments, message):
+    filled = [
+        str(finished[0]) if a == "RUN" else a.replace("{}", str(tmp_path)) if "{}" in a else a
+        for a in arguments
+    ]
+    code, _, errors = call(monkeypatch, capsys, *filled)
+    assert code == 2
+    assert message in " ".join(errors.split()) and "Traceback" not in errors
