@@ -54,7 +54,9 @@ def greedy_interpolation(
         The weights, and one Choice per member after the first.
     """
     members = iter(pool)
-    _, best = next(members)
+    _, best = next(members, (None, None))
+    if best is None:
+        raise ValueError("greedy_interpolation: pool is empty; give at least one weight set")
     choices = []
     for stage, state in members:
         scores = {1.0: score(best, stage)}

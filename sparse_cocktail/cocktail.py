@@ -80,10 +80,12 @@ class Cocktail:
         index = {name: i for i, name in enumerate(self.layers)}
         self._silenced = [
             (norm, index[norm.source])
-            for norm in self.norms.values()
+            for norm in model.modules()
             if isinstance(norm, MaskedBatchNorm2d) and norm.source in index
         ]
-        self._set_mode(False)
+        self._norm_live = [norm.live for norm, _ in self._silenced]
+        self._shared: list[Tensor] | None = None  # set aside while a subnet's own are in the model
+        self._set_masks(self.subnets["dense"])
 
     # ---- the menu --------------------------------------------------------------------------------
 
@@ -123,29 +125,34 @@ class Cocktail:
             raise KeyError(f"Cocktail: subnet {name!r} is unknown; there are {list(self.subnets)}")
         return self.subnets[name]
 
-    def _set_mode(self, masked: bool) -> None:
-        for layer in self.layers.values():
-            layer.masked = masked
-        for norm, _ in self._silenced:
-            norm.masked = masked
-
     def activate(self, name: str) -> None:
         """Make the model compute as this subnet: masks, silent channels, BatchNorm statistics.
 
         Bits are copied into the layers' fixed buffers, so nothing is recompiled; the backward of a
-        pass must end before the next call.
+        pass must end before the next call. A subnet without statistics of its own uses those that
+        the model holds for all such subnets together, as in training.
         """
         subnet = self._subnet(name)
-        self._set_mode(subnet.row is not None)
-        with torch.no_grad():
-            if subnet.row is not None:
-                torch._foreach_copy_(self._bits, self.bank.views(subnet.row))
-                torch._foreach_copy_(self._live, subnet.live)
-                for norm, layer in self._silenced:
-                    norm.live.copy_(subnet.live[layer])
-            if subnet.statistics is not None:
-                torch._foreach_copy_(self.statistics(), subnet.statistics)
-        self.active = name
+        self._set_masks(subnet)
+        if subnet.statistics is not None:
+            if self._shared is None:
+                self._shared = [t.clone() for t in self.statistics()]
+            _copy(self.statistics(), subnet.statistics)
+        elif self._shared is not None:
+            _copy(self.statistics(), self._shared)
+            self._shared = None
+
+    def _set_masks(self, subnet: Subnet) -> None:
+        masked = subnet.row is not None
+        for layer in self.layers.values():
+            layer.masked = masked
+        for norm, _ in self._silenced:
+            norm.masked = masked
+        if masked:
+            _copy(self._bits, self.bank.views(subnet.row))
+            _copy(self._live, subnet.live)
+            _copy(self._norm_live, [subnet.live[layer] for _, layer in self._silenced])
+        self.active = subnet.name
 
     @contextmanager
     def using(self, name: str) -> Iterator[nn.Module]:
@@ -165,9 +172,11 @@ class Cocktail:
 
     def recalibrate(self, name: str, batches: Iterable[Tensor]) -> None:
         """Estimate a subnet's own BatchNorm statistics from batches of inputs, and keep them."""
-        with self.using(name):
+        with self.preserved_statistics():
+            self.activate(name)
             recalibrate(self.model, batches)
-            self._subnet(name).statistics = [t.clone() for t in self.statistics()]
+            own = [t.clone() for t in self.statistics()]
+        self.subnets[name].statistics = own
         if self.active == name:
             self.activate(name)
 
@@ -175,13 +184,13 @@ class Cocktail:
     def preserved_statistics(self) -> Iterator[None]:
         """Whatever happens to the model's statistics and mask inside is undone afterwards."""
         buffers = [b for norm in self.norms.values() for b in norm.buffers(recurse=False)]
-        before, active = [b.clone() for b in buffers], self.active
+        before, shared, active = [b.clone() for b in buffers], self._shared, self.active
         try:
             yield
         finally:
-            self.activate(active)
-            with torch.no_grad():
-                torch._foreach_copy_(buffers, before)
+            self._set_masks(self._subnet(active))
+            _copy(buffers, before)  # `live` among them, which _set_masks wrote as it was
+            self._shared = shared
 
     # ---- figures ---------------------------------------------------------------------------------
 
@@ -246,7 +255,7 @@ class Cocktail:
                 setattr(model.get_submodule(parent), leaf, module.to_dense())
         if hasattr(model, "conversion"):
             del model.conversion
-        return model
+        return model.to_dense() if hasattr(model, "to_dense") else model
 
     # ---- state, for checkpoints ------------------------------------------------------------------
 
@@ -289,8 +298,7 @@ class Cocktail:
         """
         with self.preserved_statistics():
             self.activate("dense")
-            state = self.model.state_dict()
-        tensors = {f"model.{key}": value for key, value in state.items()}
+            tensors = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
         nested = self._nested()
         if nested:
             masks = [self.bank.views(self.subnets[name].row) for name in nested]
@@ -346,7 +354,12 @@ class Cocktail:
         _check_same(path, "norms", header["norms"], cocktail.norms, _norm_facts)
         prefix = "model."
         state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-        model.load_state_dict(state)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} does not fit the model ({error}); pass the model it was made from"
+            ) from error
         levels = {}
         if header["nested"]:
             weights = cocktail.bank.weights
@@ -360,7 +373,7 @@ class Cocktail:
                     masks = cocktail._split(tensors[f"bits.{name}"])
                 cocktail.add(name, masks, entry["stage"])
             subnet = cocktail.subnets[name]
-            subnet.accuracy = entry["accuracy"]
+            subnet.stage, subnet.accuracy = entry["stage"], entry["accuracy"]
             if (flat := tensors.get(f"statistics.{name}")) is not None:
                 sizes = [s.numel() for s in cocktail.statistics()]
                 subnet.statistics = [part.clone() for part in flat.split(sizes)]
@@ -373,6 +386,12 @@ class Cocktail:
         return [part.view(bits.shape) for part, bits in zip(parts, self._bits, strict=True)]
 
 
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 def _norm_facts(norm: nn.Module) -> list:
     return [norm.num_features, getattr(norm, "source", None)]
 
@@ -380,10 +399,14 @@ def _norm_facts(norm: nn.Module) -> list:
 def _build(path, header: dict[str, Any]) -> nn.Module:
     """Build the file's model, from our own factories only: a file must not name code to run."""
     factory = header["factory"]
-    if factory is None:
+    if not isinstance(factory, dict) or set(factory) != {"name", "args"}:
         raise ValueError(f"{path} names no model factory; pass model=convert(your_model)")
     masked = {name for name, _ in header["layers"]}
-    model = convert(models.build(**factory), skip=lambda name, _: name not in masked)
+    try:
+        plain = models.build(**factory)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; or pass model=convert(your_model)") from error
+    model = convert(plain, skip=lambda name, _: name not in masked)
     for name, (_, source) in header["norms"]:
         if isinstance(norm := model.get_submodule(name), MaskedBatchNorm2d):
             norm.source = source

@@ -61,7 +61,7 @@ def write_cocktail(
     path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
     """Write header and tensors with format version and digest, atomically."""
-    header = {"format": FORMAT, **header}
+    header = json.loads(json.dumps({"format": FORMAT, **header}))  # as it will be read back
     header["digest"] = _digest(header, tensors)
     write_tensors(path, tensors, {"sparse_cocktail": json.dumps(header)})
 

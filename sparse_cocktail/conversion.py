@@ -55,14 +55,13 @@ def convert(
     Raises:
         ValueError: when `skip` names a layer that is not there, or nothing could be converted.
     """
-    report = Conversion()
+    report = getattr(model, "conversion", Conversion())
     names = dict(model.named_modules())
     reasons = _reasons_to_leave(model, names, skip)
     for name, module in names.items():
-        if type(module) not in _SWAPS or name == "":
-            continue
         if name in reasons and not isinstance(module, nn.BatchNorm2d):
             report.left[name] = reasons[name]
+        if type(module) not in _SWAPS or name == "" or name in report.left:
             continue
         parent, _, child = name.rpartition(".")
         made = _SWAPS[type(module)].from_dense(module)
@@ -99,7 +98,8 @@ def _reasons_to_leave(model, names, skip) -> dict[str, str]:
             )
         skip = lambda name, _: any(name == w or name.startswith(w + ".") for w in wanted)  # noqa: E731
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    aliases = dict(model.named_modules(remove_duplicate=False))
+    for name, module in aliases.items():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             if isinstance(getattr(module, "weight", None), nn.Parameter):
                 owners.setdefault(id(module.weight), []).append(name)  # e.g. a tied embedding
@@ -109,10 +109,10 @@ def _reasons_to_leave(model, names, skip) -> dict[str, str]:
             reasons[name] = "its weight is computed (pruned or re-parametrised), not a Parameter"
         if skip is not None and skip(name, module):
             reasons[name] = "skipped on request"
-        parents = [names[name[:i]] for i, c in enumerate(name) if c == "."]
+        parents = [model, *(aliases[name[:i]] for i, c in enumerate(name) if c == ".")]
         if reader := next((p for p in parents if isinstance(p, _READS_WEIGHT)), None):
             reasons[name] = f"{type(reader).__name__} reads its weight directly"
-        if type(module) not in _SWAPS:
+        if type(module) not in (*_SWAPS, *_SWAPS.values()):
             reasons[name] = f"subclass {type(module).__name__}"
     for shared in owners.values():
         for name in shared if len(shared) > 1 else ():
@@ -138,7 +138,7 @@ def _registered_pairs(model: nn.Module) -> dict[str, str]:
 def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]:
     """BatchNorm name -> the convolution whose very output it received in one forward."""
     produced: dict[int, tuple[str, Tensor]] = {}  # the tensor is held, so its id stays unique
-    pairs: dict[str, str] = {}
+    sources: dict[str, set[str | None]] = {}
     handles = []
     for name, module in model.named_modules():
         if isinstance(module, MaskedConv2d):
@@ -150,8 +150,8 @@ def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]
         elif isinstance(module, MaskedBatchNorm2d):
 
             def pair(_, inputs, name=name):
-                if id(inputs[0]) in produced:
-                    pairs[name] = produced[id(inputs[0])][0]
+                source = produced.get(id(inputs[0]), (None,))[0]
+                sources.setdefault(name, set()).add(source)
 
             handles.append(module.register_forward_pre_hook(pair))
     training = model.training
@@ -162,4 +162,6 @@ def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]
         model.train(training)
         for handle in handles:
             handle.remove()
-    return pairs
+    # a BatchNorm that is called behind several things belongs to none of them
+    single = {norm: next(iter(found)) for norm, found in sources.items() if len(found) == 1}
+    return {norm: source for norm, source in single.items() if source is not None}

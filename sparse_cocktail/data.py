@@ -157,6 +157,8 @@ def fold(data: Data, index: int, count: int) -> Data:
 
     The real test set is not in the result, so recipe choices cannot see it.
     """
+    if count < 2:
+        raise ValueError(f"data.fold: count={count} is below 2; 5 or 10 folds are usual")
     if not 0 <= index < count:
         raise ValueError(f"data.fold: index={index} is not in [0, {count}), the number of folds")
     chosen = torch.arange(len(data.train)) % count == index

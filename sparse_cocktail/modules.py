@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import ops
 from .ops.dispatch import check_bits
 from .patterns import Pattern, parse
-from .reference import bits_shape
+from .reference import WORD, bits_shape
 from .selection import eligible, magnitude_masks
 
 __all__ = [
@@ -76,7 +76,15 @@ class _Masked:
                 )
             mask = ops.pack_mask(mask)
         check_bits("set_mask", mask, bits_shape(self.weight.shape), "mask")
+        if self.weight.shape[1] % WORD and (mask[..., -1] >> self.weight.shape[1] % WORD).any():
+            raise ValueError(
+                f"set_mask: mask has bits set beyond in={self.weight.shape[1]}; padding bits must "
+                "be 0: make it with ops.pack_mask(mask) or complement it with ops.mask_andnot"
+            )
         with torch.no_grad():
+            if self.mask_bits.is_meta and not mask.is_meta:  # a layer that is filled by assignment
+                self.mask_bits = torch.empty_like(mask)
+                self.live = torch.empty(mask.shape[:1], dtype=torch.bool, device=mask.device)
             self.mask_bits.copy_(mask)
             self.live.copy_(self.mask_bits.flatten(1).ne(0).any(1))
         self.masked = True
@@ -106,7 +114,7 @@ class _Masked:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if bits is not None:
             try:
-                self.set_mask(bits.to(self.mask_bits.device))
+                self.set_mask(bits if self.mask_bits.is_meta else bits.to(self.mask_bits.device))
             except (ValueError, TypeError) as error:
                 rest[-1].append(f"{prefix}mask_bits: {error}")
         elif self.masked and strict:
@@ -122,8 +130,7 @@ class _Masked:
         self.mask_bits = torch.zeros_like(self.mask_bits, device=device)
         self.live = torch.ones_like(self.live, device=device)
         self.train(layer.training)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
-            getattr(self, hooks).update(getattr(layer, hooks))
+        _share_hooks(self, layer)
 
     def _baked(self, plain: nn.Module) -> nn.Module:
         with torch.no_grad():
@@ -134,6 +141,13 @@ class _Masked:
             plain.weight = nn.Parameter(weight.detach().clone())
             plain.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         return plain.train(self.training)
+
+
+def _share_hooks(made: nn.Module, layer: nn.Module) -> None:
+    """Give `made` the very hook tables of `layer`, so that its handles still remove them."""
+    for name, table in vars(layer).items():
+        if "_hook" in name:
+            setattr(made, name, table)
 
 
 class MaskedLinear(_Masked, nn.Linear):
@@ -300,6 +314,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(made, name, buffer)
         device = next((t.device for t in (*layer.parameters(), *layer.buffers())), None)
+        _share_hooks(made, layer)
         return made.to(device).train(layer.training)
 
     def to_dense(self) -> nn.BatchNorm2d:
@@ -313,7 +328,9 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         )
         with torch.no_grad():
             if plain.affine:
-                live = self.live.float() if self.masked else torch.ones_like(self.live).float()
+                like = (self.weight, self.running_mean, plain.weight)
+                live = self.live if self.masked else torch.ones_like(self.live)
+                live = live.to(next(t for t in like if t is not None))
                 weight = live if self.weight is None else self.weight * live
                 bias = live * 0 if self.bias is None else self.bias * live
                 plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)

@@ -41,7 +41,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Only normalisation layers are in training mode meanwhile (dropout is off). With
     torch.distributed initialised, statistics are averaged over the ranks. Momentum and modes are as
-    before afterwards. A model without BatchNorm is left alone.
+    before afterwards; when anything fails, so are the statistics. A model without BatchNorm is left
+    alone.
 
     Args:
         model: the network, with the mask of its subnet active.
@@ -55,6 +56,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         return
     modes = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
+    buffers = [b for layer in layers for b in layer.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
     model.eval()
     for layer in layers:
         layer.reset_running_stats()
@@ -65,13 +68,16 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         for batch in batches:
             model(batch)
             count += 1
+        if count == 0:
+            raise ValueError("recalibrate: batches is empty; give at least one batch of inputs")
+    except BaseException:
+        torch._foreach_copy_(buffers, before)
+        raise
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
-    if count == 0:
-        raise ValueError("recalibrate: batches is empty; give at least one batch of inputs")
     if dist.is_initialized() and dist.get_world_size() > 1:
         for layer in layers:
             for statistic in (layer.running_mean, layer.running_var):

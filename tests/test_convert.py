@@ -167,6 +167,13 @@ def test_layers_that_cannot_be_masked_are_left_with_a_reason():
     assert model.head.weight is model.embedding.weight
 
 
+def test_block_under_two_names_is_left():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+    assert convert(model.append(model[0])).conversion.left == {
+        "0.0": "weight tied between 0.0, 2.0"
+    }
+
+
 @pytest.mark.parametrize(
     "make",
     [

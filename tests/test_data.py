@@ -225,8 +225,8 @@ def test_a_fold_by_name(digits):
     [
         ("mnist", "name='mnist' is unknown; use one of digits"),
         ("", "name='' is unknown"),
-        ("digits@5/5", r"index=5 is not in \[0, 5\)"),
-        ("digits@0/0", "index=0|count=0"),
+        ("digits@5/5", "index=5"),
+        ("digits@0/0", "count=0"),
         ("digits@0/1", "count=1"),
         ("digits@1", "'1' is not INDEX/COUNT"),
         ("digits@a/5", "'a/5' is not INDEX/COUNT"),

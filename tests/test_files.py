@@ -240,7 +240,7 @@ def test_pickled_checkpoints_are_refused(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist; check the path"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere does not exist or is no file"):
         read_tensors(tmp_path / "nowhere")
 
 
