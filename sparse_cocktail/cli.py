@@ -251,7 +251,7 @@ def main() -> None:
         raise SystemExit(2) from error
     except Interrupted as stop:
         Console(stderr=True).print(str(stop), highlight=False)
-        raise SystemExit(143) from stop
+        raise SystemExit(128 + stop.number) from stop
 
 
 if __name__ == "__main__":

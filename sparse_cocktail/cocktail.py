@@ -297,7 +297,8 @@ class Cocktail:
             extra: JSON-able facts to keep in the header, such as the config of the run.
         """
         with self.preserved_statistics():
-            self.activate("dense")
+            self._set_masks(self.subnets["dense"])
+            _copy(self.statistics(), self._shared or self.statistics())
             tensors = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
         nested = self._nested()
         if nested:

@@ -45,7 +45,11 @@ CHECKPOINT, LOG, CONFIG, RESULTS = (
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or Ctrl-C); its checkpoint is written."""
+    """The run was asked to stop by signal `number`; its checkpoint is written."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def train(
@@ -179,6 +183,8 @@ class Trainer:
                     f"resume: fields differ from those of the run in {self.folder} (run, now): "
                     f"{changed}; resume with the same fields"
                 )
+            if not (self.folder / CHECKPOINT).is_file():  # it ended before the first one
+                (self.folder / LOG).unlink(missing_ok=True)
             return
         if stored.exists() and not overwrite:
             raise ValueError(
@@ -402,7 +408,8 @@ class Trainer:
         if self.stop_signal is not None:
             raise Interrupted(
                 f"stopped by {signal.Signals(self.stop_signal).name} at step {self.ctx.step} of "
-                f"stage {self.ctx.stage}; go on with --resume --out {self.folder}"
+                f"stage {self.ctx.stage}; go on with --resume --out {self.folder}",
+                self.stop_signal,
             )
 
     # ---- results ---------------------------------------------------------------------------------
