@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -70,6 +70,11 @@ class Cocktail:
             raise ValueError(
                 f"Cocktail: {type(model).__name__} has no masked layers; pass convert(model)"
             )
+        if masked := [name for name, layer in self.layers.items() if layer.masked]:
+            raise ValueError(
+                f"Cocktail: the layers {masked[:3]} have a mask set already, which would be lost; "
+                "clear it with layer.set_mask(None), or add it as a subnet afterwards"
+            )
         self.norms = norm_layers(model)
         self.bank = MaskBank([layer.weight for layer in self.layers.values()])
         self.subnets: dict[str, Subnet] = {"dense": Subnet("dense", Dense())}
@@ -121,6 +126,9 @@ class Cocktail:
         return subnet
 
     def _subnet(self, name: str) -> Subnet:
+        if name not in self.subnets:
+            with suppress(ValueError):
+                name = str(parse(name))  # "channel-0.5" is channel-0.5000
         if name not in self.subnets:
             raise KeyError(f"Cocktail: subnet {name!r} is unknown; there are {list(self.subnets)}")
         return self.subnets[name]
@@ -176,8 +184,9 @@ class Cocktail:
             self.activate(name)
             recalibrate(self.model, batches)
             own = [t.clone() for t in self.statistics()]
-        self.subnets[name].statistics = own
-        if self.active == name:
+        subnet = self._subnet(name)
+        subnet.statistics = own
+        if self.active == subnet.name:
             self.activate(name)
 
     @contextmanager
@@ -272,7 +281,7 @@ class Cocktail:
             for s in self.subnets.values()
         ]
         rows = [self.bank.flat(i) for i in range(len(self.bank))]
-        return {"subnets": subnets, "rows": rows}
+        return {"subnets": subnets, "rows": rows, "shared": self._shared}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned, into a cocktail without subnets."""
@@ -283,6 +292,7 @@ class Cocktail:
                 self.add(entry["name"], entry["row"], entry["stage"])
             subnet = self.subnets[entry["name"]]
             subnet.accuracy, subnet.statistics = entry["accuracy"], entry["statistics"]
+        self._shared = state["shared"]
 
     # ---- save and load ---------------------------------------------------------------------------
 

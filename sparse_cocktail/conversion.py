@@ -39,9 +39,9 @@ def convert(
     Parameters stay the same objects, so an existing optimizer stays valid. The first convolution
     stays dense. Layers are left, with the reason in `model.conversion.left`, when their parent
     reads the weight itself, when their weight is tied to another layer, when they are of a
-    subclass, and when `skip` says so. Channels that a convolution prunes are silenced in the
-    BatchNorm behind it; these pairs come from one recorded forward when `example_input` is given,
-    else from the order of registration.
+    subclass, and when `skip` says so. A `Cocktail` silences the channels that a convolution prunes
+    in the BatchNorm behind it, too; these pairs come from one recorded forward when `example_input`
+    is given, else from the order of registration.
 
     Args:
         model: any module.

@@ -123,13 +123,14 @@ def test_skipping_resumes_the_same_batches(digits, skip):
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_part_the_epoch(world):
     sets = numbered()
-    shares = [order(sets.epoch((1, 0, 0), 4, rank=r, world=world)) for r in range(world)]
+    ranks = [list(sets.epoch((1, 0, 0), 4, rank=r, world=world)) for r in range(world)]
     steps = sets.steps_per_epoch(4, world)
-    assert [len(share) for share in shares] == [4 * steps] * world
-    everything = [sample for share in shares for sample in share]
-    assert len(set(everything)) == len(everything) == 4 * steps * world
-    together = order(sets.epoch((1, 0, 0), 4 * world))
-    assert sorted(together) == sorted(everything), "one rank with the whole batch sees the same"
+    assert [len(batches) for batches in ranks] == [steps] * world
+    assert len({sample for batches in ranks for sample in order(batches)}) == 4 * steps * world
+    whole = sets.epoch((1, 0, 0), 4 * world)
+    for step, (_, together) in enumerate(whole):  # a step is the same batch, however it is shared
+        shares = torch.cat([batches[step][1] for batches in ranks])
+        assert torch.equal(shares, together)
 
 
 def test_batch_that_exceeds_the_data_is_an_error():

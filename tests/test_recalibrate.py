@@ -357,3 +357,37 @@ def test_pool_of_one_is_itself():
 def test_empty_pool_is_an_error():
     with pytest.raises(ValueError, match="pool is empty"):
         greedy_interpolation([], distance_to([0.0, 0.0]))
+
+
+def test_short_names_reach_the_subnet():
+    cocktail = Cocktail(convert(network()))
+    cocktail.add("channel-0.5")
+    cocktail.activate("channel-0.5")
+    assert cocktail.active == "channel-0.5000"
+    cocktail.recalibrate("channel-0.5", batches())
+    assert cocktail.subnets["channel-0.5000"].statistics
+
+
+def test_masks_set_before_are_not_lost_silently():
+    model = convert(network())
+    cocktail = Cocktail(model)
+    next(iter(cocktail.layers.values())).set_mask("unstructured-0.5")
+    with pytest.raises(ValueError, match=r"have a mask set already.*set_mask\(None\)"):
+        Cocktail(model)
+
+
+def test_state_keeps_the_shared_statistics_of_an_active_subnet():
+    model = convert(network())
+    cocktail = Cocktail(model)
+    cocktail.add("unstructured-0.5")
+    shared = [t.clone() for t in cocktail.statistics()]
+    cocktail.recalibrate("unstructured-0.5", batches())
+    cocktail.activate("unstructured-0.5")
+    state = cocktail.state()
+    cocktail.activate("dense")
+    for buffer in cocktail.statistics():
+        buffer.zero_()  # what a resumed model would hold does not matter
+    twin = Cocktail(model)
+    twin.restore(state)
+    twin.activate("dense")
+    assert all(map(torch.equal, twin.statistics(), shared))
