@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from . import data as data_sets
@@ -103,6 +102,8 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.stop_signal: int | None = None
+        self.log_file: TextIO | None = None
+        self._early: list[str] = []  # log lines from before the folder is this run's
 
     # ---- set-up ----------------------------------------------------------------------------------
 
@@ -115,14 +116,14 @@ class Trainer:
     ) -> None:
         """Everything before the first step; arguments as in `train`."""
         config = self.config
+        self._check_folder(resume, overwrite)
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
-        model = models.build(model, config.model_args) if isinstance(model, str) else model
-        data = data_sets.load(data) if isinstance(data, str) else data
-        checkpoint = self._claim_folder(resume, overwrite)
         if config.threads:
             torch.set_num_threads(config.threads)
+        model = models.build(model, config.model_args) if isinstance(model, str) else model
+        data = data_sets.load(data) if isinstance(data, str) else data
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,51 +150,54 @@ class Trainer:
             log=self.log,
             steps_per_epoch=data.steps_per_epoch(config.batch_size, self.world),
         )
-        self.log_file = open(self.folder / LOG, "a")  # noqa: SIM115 - open for the whole run
-        self.board = self._tensorboard()
         self.stepper = Stepper(self.ctx, self.method)
         self.ctx.stages = self.method.plan(self.ctx)
-        self.resumed = checkpoint is not None
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self.board = self._tensorboard()
+        self._claim_folder(resume)
 
-    def _claim_folder(self, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-        """Check the folder against the request; returns the checkpoint to go on from."""
-        if self.rank == 0:
-            self._check_folder(resume, overwrite)
-        if self.world > 1:
-            dist.barrier()
-        path = self.folder / CHECKPOINT
-        return load_checkpoint(path) if resume and path.is_file() else None
+    def _facts(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self.config), **dataclasses.asdict(self.options)}
 
     def _check_folder(self, resume: bool, overwrite: bool) -> None:
-        facts = {**dataclasses.asdict(self.config), **dataclasses.asdict(self.options)}
+        """Refuse a folder that does not suit the request; changes nothing."""
         stored = self.folder / CONFIG
-        if resume:
-            if not stored.is_file():
-                raise ValueError(f"resume: {self.folder} holds no run; leave --resume out")
-            before = json.loads(stored.read_text())
-            changed = {
-                k: (before.get(k), v)
-                for k, v in facts.items()
-                if before.get(k) != v and k not in ("checkpoint_every", "tensorboard")
-            }
-            if changed:
+        if not resume:
+            if stored.exists() and not overwrite:
                 raise ValueError(
-                    f"resume: fields differ from those of the run in {self.folder} (run, now): "
-                    f"{changed}; resume with the same fields"
+                    f"train: {self.folder} holds a run already; use --resume to go on with it, "
+                    "--overwrite to start anew, or another --out"
                 )
-            if not (self.folder / CHECKPOINT).is_file():  # it ended before the first one
-                (self.folder / LOG).unlink(missing_ok=True)
             return
-        if stored.exists() and not overwrite:
+        if not stored.is_file():
+            raise ValueError(f"resume: {self.folder} holds no run; leave --resume out")
+        before = json.loads(stored.read_text())
+        changed = {
+            name: (before.get(name), value)
+            for name, value in self._facts().items()
+            if before.get(name) != value and name not in ("checkpoint_every", "tensorboard")
+        }
+        if changed:
             raise ValueError(
-                f"train: {self.folder} holds a run already; use --resume to go on with it, "
-                "--overwrite to start anew, or another --out"
+                f"resume: fields differ from those of the run in {self.folder} (run, now): "
+                f"{changed}; resume with the same fields"
             )
-        for name in (CHECKPOINT, LOG, RESULTS):
-            (self.folder / name).unlink(missing_ok=True)
-        write_json(stored, facts)
+
+    def _claim_folder(self, resume: bool) -> None:
+        """Make the folder this run's, or take up its checkpoint; everything else is known good."""
+        path = self.folder / CHECKPOINT
+        checkpoint = load_checkpoint(path) if resume and path.is_file() else None
+        if self.world > 1:
+            dist.barrier()
+        if self.rank == 0:
+            if checkpoint is None:
+                for name in (CHECKPOINT, LOG, RESULTS):
+                    (self.folder / name).unlink(missing_ok=True)
+                write_json(self.folder / CONFIG, self._facts())
+            self.log_file = open(self.folder / LOG, "a")  # noqa: SIM115 - open for the whole run
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        elif self.rank == 0:
+            self.log_file.writelines(self._early)
 
     def _tensorboard(self):
         if not self.config.tensorboard:
@@ -208,12 +212,8 @@ class Trainer:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config, model = self.config, self.ctx.model
-        plain = set()
-        if not config.decay_norm_bias:
-            plain = {
-                id(p) for m in model.modules() if isinstance(m, _BatchNorm) for p in m.parameters()
-            }
-            plain |= {id(p) for p in model.parameters() if p.dim() < 2}
+        vectors = [] if config.decay_norm_bias else [p for p in model.parameters() if p.dim() < 2]
+        plain = {id(p) for p in vectors}  # biases, scales and shifts
         groups = [
             {
                 "params": [p for p in model.parameters() if id(p) not in plain],
@@ -261,7 +261,8 @@ class Trainer:
             )
             write_json(self.folder / RESULTS, results)
         self.log("finished", seconds=ctx.seconds["total"])
-        self.log_file.close()
+        if self.log_file is not None:
+            self.log_file.close()
         return results
 
     def _run_stage(self, index: int, tick) -> None:
@@ -337,11 +338,15 @@ class Trainer:
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to log.jsonl (and TensorBoard)."""
-        ctx = getattr(self, "ctx", None)
-        if ctx is None or self.rank != 0:
+        if self.rank != 0:
             return
+        ctx = self.ctx
         where = {"stage": ctx.stage, "epoch": ctx.epoch, "step": ctx.step}
-        self.log_file.write(json.dumps({"event": event, **where, **values}) + "\n")
+        line = json.dumps({"event": event, **where, **values}) + "\n"
+        if self.log_file is None:
+            self._early.append(line)
+            return
+        self.log_file.write(line)
         self.log_file.flush()
         if self.board is not None and event == "train":
             step = ctx.step + sum(s.epochs for s in ctx.stages[: ctx.stage]) * ctx.steps_per_epoch
@@ -350,16 +355,16 @@ class Trainer:
                 self.board.add_scalar(f"loss/{name}", loss, step)
 
     def _checkpoint(self) -> None:
+        if self.log_file is None:  # not rank 0
+            return
         ctx = self.ctx
         ctx.seconds["total"] = self._clock()
-        with ctx.cocktail.using("dense"):
-            model = dict(ctx.model.state_dict())
         tree = {
             "stage": ctx.stage,
             "step": ctx.step,
             "log_bytes": self.log_file.tell(),
             "seconds": ctx.seconds,
-            "model": model,
+            "model": ctx.weights(),
             "cocktail": ctx.cocktail.state(),
             "optimizer": ctx.optimizer.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
@@ -369,8 +374,7 @@ class Trainer:
                 "device": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             },
         }
-        if self.rank == 0:
-            save_checkpoint(self.folder / CHECKPOINT, tree)
+        save_checkpoint(self.folder / CHECKPOINT, tree)
 
     def _restore(self, tree: dict[str, Any]) -> None:
         ctx = self.ctx
@@ -385,7 +389,8 @@ class Trainer:
         torch.set_rng_state(tree["random"]["cpu"])
         if tree["random"]["device"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(tree["random"]["device"])
-        self.log_file.truncate(tree["log_bytes"])  # lines after the checkpoint are written again
+        if self.log_file is not None:
+            self.log_file.truncate(tree["log_bytes"])  # later lines are written again
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -60,3 +60,15 @@ def test_unknown_recipe(recipe):
 def test_bad_cocktail_options(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message):
         run(tmp_path, **fields)
+
+
+def test_a_refused_run_leaves_the_folder_alone(tmp_path):
+    run(tmp_path / "run")
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    for fields in ({"rewind": 9}, {"batch_size": 4096}, {"nm": {"3:1": 1}}):
+        with pytest.raises(ValueError):
+            run(tmp_path / "run", overwrite=True, **fields)
+        with pytest.raises(ValueError):
+            run(tmp_path / "new", **fields)
+    assert before == {p: p.read_bytes() for p in before}
+    assert not (tmp_path / "new").exists()
