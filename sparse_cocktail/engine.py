@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,24 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import data as data_sets
 from . import models
-from .checkpoint import load_checkpoint, restore_dataclass, save_checkpoint
+from .checkpoint import restore_dataclass
 from .cocktail import Cocktail
 from .config import Config, split_fields
 from .conversion import convert
 from .data import Data
-from .files import read_tensors, write_json
+from .files import read_tensors
 from .methods import METHODS, Context, Method
+from .run_folder import RunFolder
 from .stepping import Stepper
 from .tasks import Classification, Task
 
 __all__ = ["Interrupted", "Trainer", "train"]
-
-CHECKPOINT, LOG, CONFIG, RESULTS = (
-    "checkpoint.safetensors",
-    "log.jsonl",
-    "config.json",
-    "results.json",
-)
 
 
 class Interrupted(Exception):
@@ -102,8 +95,9 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.stop_signal: int | None = None
-        self.log_file: TextIO | None = None
-        self._early: list[str] = []  # log lines from before the folder is this run's
+        self.board = None
+        self.facts = {**dataclasses.asdict(config), **dataclasses.asdict(options)}
+        self.files = RunFolder(folder, self.facts, writes=self.rank == 0)
 
     # ---- set-up ----------------------------------------------------------------------------------
 
@@ -116,7 +110,7 @@ class Trainer:
     ) -> None:
         """Everything before the first step; arguments as in `train`."""
         config = self.config
-        self._check_folder(resume, overwrite)
+        self.files.check(resume, overwrite)
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
@@ -153,51 +147,10 @@ class Trainer:
         self.stepper = Stepper(self.ctx, self.method)
         self.ctx.stages = self.method.plan(self.ctx)
         self.board = self._tensorboard()
-        self._claim_folder(resume)
-
-    def _facts(self) -> dict[str, Any]:
-        return {**dataclasses.asdict(self.config), **dataclasses.asdict(self.options)}
-
-    def _check_folder(self, resume: bool, overwrite: bool) -> None:
-        """Refuse a folder that does not suit the request; changes nothing."""
-        stored = self.folder / CONFIG
-        if not resume:
-            if stored.exists() and not overwrite:
-                raise ValueError(
-                    f"train: {self.folder} holds a run already; use --resume to go on with it, "
-                    "--overwrite to start anew, or another --out"
-                )
-            return
-        if not stored.is_file():
-            raise ValueError(f"resume: {self.folder} holds no run; leave --resume out")
-        before = json.loads(stored.read_text())
-        changed = {
-            name: (before.get(name), value)
-            for name, value in self._facts().items()
-            if before.get(name) != value and name not in ("checkpoint_every", "tensorboard")
-        }
-        if changed:
-            raise ValueError(
-                f"resume: fields differ from those of the run in {self.folder} (run, now): "
-                f"{changed}; resume with the same fields"
-            )
-
-    def _claim_folder(self, resume: bool) -> None:
-        """Make the folder this run's, or take up its checkpoint; everything else is known good."""
-        path = self.folder / CHECKPOINT
-        checkpoint = load_checkpoint(path) if resume and path.is_file() else None
         if self.world > 1:
-            dist.barrier()
-        if self.rank == 0:
-            if checkpoint is None:
-                for name in (CHECKPOINT, LOG, RESULTS):
-                    (self.folder / name).unlink(missing_ok=True)
-                write_json(self.folder / CONFIG, self._facts())
-            self.log_file = open(self.folder / LOG, "a")  # noqa: SIM115 - open for the whole run
-        if checkpoint is not None:
+            dist.barrier()  # every rank has checked the folder before rank 0 changes it
+        if (checkpoint := self.files.claim(resume)) is not None:
             self._restore(checkpoint)
-        elif self.rank == 0:
-            self.log_file.writelines(self._early)
 
     def _tensorboard(self):
         if not self.config.tensorboard:
@@ -254,15 +207,11 @@ class Trainer:
             scores = self.method.finish(ctx)
         ctx.seconds["total"] = self._clock()
         results = self._results(scores)
-        if self.rank == 0:
-            ctx.cocktail.save(
-                self.folder / "cocktail.safetensors",
-                {"config": results["config"], "data": ctx.data.name},
-            )
-            write_json(self.folder / RESULTS, results)
         self.log("finished", seconds=ctx.seconds["total"])
-        if self.log_file is not None:
-            self.log_file.close()
+        if self.rank == 0:
+            facts = {"config": self.facts, "data": ctx.data.name}
+            ctx.cocktail.save(self.folder / "cocktail.safetensors", facts)
+        self.files.finish(results)
         return results
 
     def _run_stage(self, index: int, tick) -> None:
@@ -329,7 +278,7 @@ class Trainer:
             if not np.isfinite(value):
                 raise FloatingPointError(
                     f"the loss of {subnet} is {value} at step {step} of {stage.name} (stage "
-                    f"{self.ctx.stage}); the last good checkpoint is {self.folder / CHECKPOINT}: "
+                    f"{self.ctx.stage}); the last good checkpoint is {self.files.checkpoint_path}: "
                     "lower lr, add warmup or clip_norm, or check the data for NaN"
                 )
             lines.setdefault(subnet, []).append(value)
@@ -341,13 +290,9 @@ class Trainer:
         if self.rank != 0:
             return
         ctx = self.ctx
-        where = {"stage": ctx.stage, "epoch": ctx.epoch, "step": ctx.step}
-        line = json.dumps({"event": event, **where, **values}) + "\n"
-        if self.log_file is None:
-            self._early.append(line)
-            return
-        self.log_file.write(line)
-        self.log_file.flush()
+        self.files.log(
+            {"event": event, "stage": ctx.stage, "epoch": ctx.epoch, "step": ctx.step, **values}
+        )
         if self.board is not None and event == "train":
             step = ctx.step + sum(s.epochs for s in ctx.stages[: ctx.stage]) * ctx.steps_per_epoch
             self.board.add_scalar("lr", values["lr"], step)
@@ -355,14 +300,11 @@ class Trainer:
                 self.board.add_scalar(f"loss/{name}", loss, step)
 
     def _checkpoint(self) -> None:
-        if self.log_file is None:  # not rank 0
-            return
         ctx = self.ctx
         ctx.seconds["total"] = self._clock()
         tree = {
             "stage": ctx.stage,
             "step": ctx.step,
-            "log_bytes": self.log_file.tell(),
             "seconds": ctx.seconds,
             "model": ctx.weights(),
             "cocktail": ctx.cocktail.state(),
@@ -374,7 +316,7 @@ class Trainer:
                 "device": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             },
         }
-        save_checkpoint(self.folder / CHECKPOINT, tree)
+        self.files.save_checkpoint(tree)
 
     def _restore(self, tree: dict[str, Any]) -> None:
         ctx = self.ctx
@@ -389,8 +331,6 @@ class Trainer:
         torch.set_rng_state(tree["random"]["cpu"])
         if tree["random"]["device"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(tree["random"]["device"])
-        if self.log_file is not None:
-            self.log_file.truncate(tree["log_bytes"])  # later lines are written again
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -443,7 +383,7 @@ class Trainer:
             "data": ctx.data.name,
             "model": config.model,
             "seed": config.seed,
-            "config": {**dataclasses.asdict(config), **dataclasses.asdict(self.options)},
+            "config": self.facts,
             "seconds": {name: round(value, 3) for name, value in ctx.seconds.items()},
             "subnets": rows,
             "method_state": dataclasses.asdict(self.method.state),

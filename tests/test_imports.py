@@ -23,7 +23,7 @@ ORDER = (
     ("tasks", "data"),
     ("methods",),
     ("checkpoint", "config"),
-    ("stepping",),
+    ("stepping", "run_folder"),
     ("engine",),
     ("plots",),
     ("cli",),

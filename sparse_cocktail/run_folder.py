@@ -1,0 +1,99 @@
+"""The folder of one run: who may use it, its config, its log, its checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .files import write_json
+
+__all__ = ["RunFolder"]
+
+CHECKPOINT, LOG, CONFIG, RESULTS = (
+    "checkpoint.safetensors",
+    "log.jsonl",
+    "config.json",
+    "results.json",
+)
+# Fields that a resumed run may change: they alter nothing that is computed.
+_FREE = ("checkpoint_every", "tensorboard")
+
+
+class RunFolder:
+    """Files of a run. `check` changes nothing; `claim` makes the folder this run's.
+
+    Args:
+        path: the folder; it need not exist.
+        facts: all fields of the run.
+        writes: whether this process writes (rank 0 does).
+    """
+
+    def __init__(self, path: Path, facts: dict[str, Any], writes: bool = True) -> None:
+        self.path, self.facts, self.writes = path, facts, writes
+        self.checkpoint_path = path / CHECKPOINT
+        self._log: TextIO | None = None
+        self._early: list[str] = []  # log lines from before the folder is this run's
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Refuse a folder that does not suit the request (ValueError)."""
+        stored = self.path / CONFIG
+        if not resume:
+            if stored.exists() and not overwrite:
+                raise ValueError(
+                    f"train: {self.path} holds a run already; use --resume to go on with it, "
+                    "--overwrite to start anew, or another --out"
+                )
+            return
+        if not stored.is_file():
+            raise ValueError(f"resume: {self.path} holds no run; leave --resume out")
+        before = json.loads(stored.read_text())
+        changed = {
+            name: (before.get(name), value)
+            for name, value in self.facts.items()
+            if before.get(name) != value and name not in _FREE
+        }
+        if changed:
+            raise ValueError(
+                f"resume: fields differ from those of the run in {self.path} (run, now): "
+                f"{changed}; resume with the same fields"
+            )
+
+    def claim(self, resume: bool) -> dict[str, Any] | None:
+        """Start anew, or return the checkpoint to go on from (None when there is none yet)."""
+        tree = None
+        if resume and self.checkpoint_path.is_file():
+            tree = load_checkpoint(self.checkpoint_path)
+        if not self.writes:
+            return tree
+        if tree is None:
+            for name in (CHECKPOINT, LOG, RESULTS):
+                (self.path / name).unlink(missing_ok=True)
+            write_json(self.path / CONFIG, self.facts)
+        self._log = open(self.path / LOG, "a")  # noqa: SIM115 - open for the whole run
+        if tree is None:
+            self._log.writelines(self._early)
+        else:
+            self._log.truncate(tree["log_bytes"])  # later lines are written again
+        return tree
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        text = json.dumps(line) + "\n"
+        if self._log is None:
+            self._early.append(text)
+        else:
+            self._log.write(text)
+            self._log.flush()
+
+    def save_checkpoint(self, tree: dict[str, Any]) -> None:
+        """Replace the checkpoint, atomically; it remembers how long the log is."""
+        if self._log is not None:
+            save_checkpoint(self.checkpoint_path, {**tree, "log_bytes": self._log.tell()})
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write results.json and close the log."""
+        if self._log is not None:
+            write_json(self.path / RESULTS, results)
+            self._log.close()
