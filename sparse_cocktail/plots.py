@@ -161,24 +161,25 @@ def _interpolation(axes, choices: list[dict[str, Any]]) -> None:
 
 
 def _training(axes, log: list[dict[str, Any]]) -> None:
-    """Training loss per pattern over the whole run."""
+    """Training loss per pattern over the optimizer steps of the whole run."""
     train = [entry for entry in log if entry["event"] == "train"]
     curves: dict[str, list[tuple[int, float]]] = {}
-    for position, entry in enumerate(train):
+    start = last = stage = 0
+    for entry in train:
+        if entry["stage"] != stage:
+            start, stage = last, entry["stage"]
+            axes.axvline(start, color="#cccccc", lw=0.8, zorder=0)
+        last = start + entry["step"]
         losses: dict[str, list[float]] = {}
         for name, loss in entry["loss"].items():
             losses.setdefault(family(parse(name).kind), []).append(loss)
         for key, values in losses.items():
-            curves.setdefault(key, []).append((position, mean(values)))
+            curves.setdefault(key, []).append((last, mean(values)))
     for key in PATTERNS:
         if key in curves:
             title, colour, _ = PATTERNS[key]
             axes.plot(*zip(*curves[key], strict=True), color=colour, lw=1, alpha=0.85, label=title)
-    stages = [entry["stage"] for entry in train]
-    for position in range(1, len(stages)):
-        if stages[position] != stages[position - 1]:
-            axes.axvline(position - 0.5, color="#cccccc", lw=0.8, zorder=0)
     axes.set_yscale("log")
-    axes.set(xlabel="Log lines (vertical lines: stages)", ylabel="Training loss")
-    axes.set_title("Training loss by pattern")
-    axes.legend(frameon=False)
+    axes.set(xlabel="Optimizer steps (vertical lines: new stage)", ylabel="Training loss")
+    axes.set_title("Training loss by pattern", pad=26)
+    axes.legend(frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
