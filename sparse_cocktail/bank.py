@@ -44,21 +44,33 @@ class MaskBank:
         """Append a row (all pruned, or with the given bits) and return its number."""
         device = self.weights[0].device if self.weights else None
         flat = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-        parts = flat.split(self._sizes)
+        self._follow_weights()
         self._rows.append(flat)
-        self._views.append([p.view(s) for p, s in zip(parts, self.shapes, strict=True)])
+        self._views.append(self._split(flat))
         row = len(self._rows) - 1
         if bits is not None:
             self.set_(row, bits)
         return row
 
     def flat(self, row: int) -> Tensor:
-        """The row as one flat int32 tensor."""
+        """The row as one flat int32 tensor, on the device of the weights."""
+        self._follow_weights()
         return self._rows[row]
 
     def views(self, row: int) -> list[Tensor]:
         """The row's bits per weight; they share its memory."""
+        self._follow_weights()
         return self._views[row]
+
+    def _follow_weights(self) -> None:
+        """Move the rows when the weights have moved to another device."""
+        if self.weights and self._rows and self._rows[0].device != self.weights[0].device:
+            self._rows = [flat.to(self.weights[0].device) for flat in self._rows]
+            self._views = [self._split(flat) for flat in self._rows]
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split(self._sizes)
+        return [p.view(s) for p, s in zip(parts, self.shapes, strict=True)]
 
     def set_(self, row: int, bits: Sequence[Tensor]) -> None:
         """Overwrite a row in place with bits, one tensor per weight."""

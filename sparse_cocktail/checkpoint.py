@@ -55,8 +55,9 @@ def restore_dataclass(target: Any, values: dict[str, Any]) -> None:
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Plain JSON in which every tensor, and every dict with other keys than strings, is tagged."""
     if isinstance(value, Tensor):
-        tensors[path] = value
-        return {"tensor": path}
+        name = f"{len(tensors)}{path}"  # the number keeps keys such as "a/b" and "a", "b" apart
+        tensors[name] = value
+        return {"tensor": name}
     if dataclasses.is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
     if isinstance(value, dict):

@@ -54,7 +54,7 @@ def _train(
     fields = read_recipe(recipe)
     if resume and (out / "config.json").is_file():
         fields = json.loads((out / "config.json").read_text())
-    elif paper:
+    if paper:
         fields["consolidate"] = 0.0
     fields.update({name: value for name, value in overrides.items() if value is not None})
     model, data = fields.pop("model", "resnet8"), fields.pop("data", "digits")
@@ -111,10 +111,34 @@ def _with_recipe_options(function: typing.Callable) -> typing.Callable:
 FileArgument = Annotated[Path, typer.Argument(help="cocktail.safetensors, or the folder of a run")]
 
 
-def _load(path: Path):
-    from .cocktail import Cocktail
+ModelOption = Annotated[
+    str, typer.Option("--model", help="package.module:function, when the model is your own")
+]
 
-    return Cocktail.load(path / "cocktail.safetensors" if path.is_dir() else path)
+
+def _load(path: Path, model: str = ""):
+    """The cocktail of a file or run; your own model is built as the run built it."""
+    from . import models
+    from .cocktail import Cocktail
+    from .cocktail_file import read_cocktail
+
+    path = path / "cocktail.safetensors" if path.is_dir() else path
+    if not model:
+        return Cocktail.load(path)
+    header, _ = read_cocktail(path)
+    arguments = header["extra"].get("config", {}).get("model_args")
+    return Cocktail.load(path, models.create(model, arguments))
+
+
+def _data_of(cocktail, data: str | None = None, folder: str | None = None):
+    """The data set of the run that made a cocktail, unless others are given."""
+    from . import data as data_sets
+
+    config = cocktail.extra.get("config", {})
+    name = data or config.get("data")
+    if name is None or name.startswith("custom:"):
+        raise ValueError("the file names no data set that can be loaded; give --data")
+    return data_sets.load(name, config.get("data_dir", "") if folder is None else folder)
 
 
 @app.command("eval")
@@ -122,18 +146,19 @@ def evaluate(
     file: FileArgument,
     subnet: Annotated[list[str] | None, typer.Option(help="only these (default: all)")] = None,
     data: Annotated[str | None, typer.Option(help="data set (default: that of the run)")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder with the files of the data")] = None,
     split: Annotated[str, typer.Option(help="train, holdout or test")] = "test",
+    model: ModelOption = "",
 ) -> None:
     """Measure the subnets of a saved cocktail."""
     import torch
 
-    from . import data as data_sets
     from .tasks import Classification
 
     if split not in ("train", "holdout", "test"):
         raise ValueError(f"eval: split={split!r} is not one of train, holdout, test")
-    cocktail = _load(file)
-    samples = getattr(data_sets.load(data or cocktail.extra["data"]), split)
+    cocktail = _load(file, model)
+    samples = getattr(_data_of(cocktail, data, data_dir), split)
     table = Table("subnet", "sparsity", "accuracy", "parameters", title=f"{file} on {split}")
     sizes = {row["name"]: row for row in cocktail.summary()}
     for name in subnet or cocktail.subnets:
@@ -156,27 +181,27 @@ def export(
     file: FileArgument,
     subnet: Annotated[str, typer.Argument(help="name of the subnet, such as 2:4")],
     out: Annotated[Path, typer.Option(help="FILE.safetensors (weights) or FILE.pt2 (program)")],
-    sample: Annotated[str, typer.Option(help="input shape without batch, for .pt2")] = "",
+    sample: Annotated[str, typer.Option(help="for .pt2: input shape without batch, 3,32,32")] = "",
+    model: ModelOption = "",
 ) -> None:
     """Write one subnet as a plain PyTorch network, its mask baked in."""
     import torch
 
-    from . import data as data_sets
     from .files import write_atomic, write_tensors
 
-    cocktail = _load(file)
-    model = cocktail.export(subnet)
+    cocktail = _load(file, model)
+    network = cocktail.export(subnet)
     if out.suffix == ".safetensors":
-        factory = json.dumps(getattr(model, "factory", None))
-        write_tensors(out, model.state_dict(), {"factory": factory, "subnet": subnet})
+        factory = json.dumps(getattr(network, "factory", None))
+        write_tensors(out, network.state_dict(), {"factory": factory, "subnet": subnet})
     elif out.suffix == ".pt2":
         if sample:
             shape = tuple(int(part) for part in sample.split(","))
         else:
-            shape = data_sets.load(cocktail.extra["data"]).sample_shape
+            shape = _data_of(cocktail).sample_shape
         batch = torch.export.Dim("batch")
         program = torch.export.export(
-            model, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},)
+            network, (torch.zeros(2, *shape),), dynamic_shapes=({0: batch},)
         )
         write_atomic(out, lambda stream: torch.export.save(program, stream))
     else:
@@ -190,12 +215,13 @@ def info(
         Path | None,
         typer.Argument(help="a cocktail or the folder of a run (default: this machine)"),
     ] = None,
+    model: ModelOption = "",
 ) -> None:
     """Say what is active on this machine, or what a cocktail file holds."""
     if file is None:
         _machine()
         return
-    cocktail = _load(file)
+    cocktail = _load(file, model)
     table = Table("subnet", "sparsity", "nnz", "parameters", "accuracy", title=str(file))
     for row in cocktail.summary():
         accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
@@ -247,10 +273,12 @@ def main() -> None:
         app()
     except (ValueError, KeyError, TypeError, OSError, FloatingPointError) as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {text}", highlight=False)
+        errors = Console(stderr=True)
+        errors.print("error: ", style="bold red", end="")
+        errors.print(str(text), highlight=False, markup=False)
         raise SystemExit(2) from error
     except Interrupted as stop:
-        Console(stderr=True).print(str(stop), highlight=False)
+        Console(stderr=True).print(str(stop), highlight=False, markup=False)
         raise SystemExit(128 + stop.number) from stop
 
 

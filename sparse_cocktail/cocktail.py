@@ -24,6 +24,7 @@ from .cocktail_file import (
 )
 from .conversion import convert
 from .modules import MaskedBatchNorm2d, masked_layers, output_positions
+from .ops.dispatch import check_padding
 from .patterns import Dense, Pattern, Unstructured, parse
 from .recalibrate import norm_layers, recalibrate
 from .selection import magnitude_masks
@@ -80,17 +81,20 @@ class Cocktail:
         self.subnets: dict[str, Subnet] = {"dense": Subnet("dense", Dense())}
         self.active = "dense"
         self.extra: dict[str, Any] = {}  # facts from the header of a loaded file
-        self._bits = [layer.mask_bits for layer in self.layers.values()]
-        self._live = [layer.live for layer in self.layers.values()]
         index = {name: i for i, name in enumerate(self.layers)}
         self._silenced = [
             (norm, index[norm.source])
             for norm in model.modules()
             if isinstance(norm, MaskedBatchNorm2d) and norm.source in index
         ]
-        self._norm_live = [norm.live for norm, _ in self._silenced]
         self._shared: list[Tensor] | None = None  # set aside while a subnet's own are in the model
         self._set_masks(self.subnets["dense"])
+
+    @property
+    def outputs(self) -> frozenset[int]:
+        """Index of the last linear layer: its channels are the model's outputs, and all stay."""
+        linear = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
+        return frozenset(i for i, name in enumerate(self.layers) if linear and name == linear[-1])
 
     # ---- the menu --------------------------------------------------------------------------------
 
@@ -115,10 +119,14 @@ class Cocktail:
         name = str(pattern)
         if name in self.subnets:
             raise ValueError(
-                f"Cocktail.add: subnet {name!r} is on the menu already; remove it first"
+                f"Cocktail.add: subnet {name!r} is on the menu already; each name is there once"
             )
+        self.bank.weights[:] = [layer.weight for layer in self.layers.values()]
         if masks is None:
-            masks = magnitude_masks(self.bank.weights, pattern)
+            masks = magnitude_masks(self.bank.weights, pattern, self.outputs)
+        if not isinstance(masks, int):
+            for bits, weight in zip(masks, self.bank.weights, strict=False):
+                check_padding("Cocktail.add", bits, weight.shape[1])
         row = masks if isinstance(masks, int) else self.bank.add(masks)
         subnet = Subnet(name, pattern, row, stage)
         subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(row)]
@@ -152,14 +160,18 @@ class Cocktail:
 
     def _set_masks(self, subnet: Subnet) -> None:
         masked = subnet.row is not None
+        layers = list(self.layers.values())
         for layer in self.layers.values():
             layer.masked = masked
         for norm, _ in self._silenced:
             norm.masked = masked
         if masked:
-            _copy(self._bits, self.bank.views(subnet.row))
-            _copy(self._live, subnet.live)
-            _copy(self._norm_live, [subnet.live[layer] for _, layer in self._silenced])
+            # read anew each time: model.to() replaces buffers, load_state_dict(assign=True) weights
+            self.bank.weights[:] = [layer.weight for layer in layers]
+            _copy([layer.mask_bits for layer in layers], self.bank.views(subnet.row))
+            _copy([layer.live for layer in layers], subnet.live)
+            norms = [norm.live for norm, _ in self._silenced]
+            _copy(norms, [subnet.live[index] for _, index in self._silenced])
         self.active = subnet.name
 
     @contextmanager
@@ -171,6 +183,28 @@ class Cocktail:
             yield self.model
         finally:
             self.activate(before)
+
+    def kept_parameters(self, names: Sequence[str]) -> list[tuple[nn.Parameter, Tensor]]:
+        """Pairs (parameter, bool mask of what these subnets keep of it, taken together).
+
+        Masked weights; biases and BatchNorm scales and shifts where channels are silent.
+        """
+        subnets = [self._subnet(name) for name in names]
+        pairs, alive = [], []
+        for index, layer in enumerate(self.layers.values()):
+            bits = self.bank.views(subnets[0].row)[index]
+            live = subnets[0].live[index]
+            for other in subnets[1:]:
+                bits = ops.mask_or(bits, self.bank.views(other.row)[index])
+                live = live | other.live[index]
+            pairs.append((layer.weight, ops.unpack_mask(bits, layer.weight.shape)))
+            if layer.bias is not None:
+                pairs.append((layer.bias, live))
+            alive.append(live)
+        for norm, index in self._silenced:
+            if norm.affine:
+                pairs += [(norm.weight, alive[index]), (norm.bias, alive[index])]
+        return pairs
 
     # ---- BatchNorm statistics --------------------------------------------------------------------
 
@@ -348,16 +382,16 @@ class Cocktail:
 
         Args:
             path: a file that `save` wrote.
-            model: a converted model of the same architecture; by default one is built from the
-                factory that the file names, which must be one of sparse_cocktail's own models.
+            model: a model of the same architecture, plain (it is converted as the file says) or
+                converted; by default one is built from the factory that the file names, which must
+                be one of sparse_cocktail's own models.
 
         Raises:
             FileNotFoundError; ValueError for a truncated, edited or foreign file, for another
             format version, or for a model whose layers differ.
         """
         header, tensors = read_cocktail(path)
-        if model is None:
-            model = _build(path, header)
+        model = _fitted(path, header, model)
         cocktail = cls(model)
         _check_same(
             path, "layers", header["layers"], cocktail.layers, lambda m: list(m.weight.shape)
@@ -393,8 +427,9 @@ class Cocktail:
         return cocktail
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split([views.numel() for views in self._bits])
-        return [part.view(bits.shape) for part, bits in zip(parts, self._bits, strict=True)]
+        shapes = self.bank.shapes
+        parts = flat.split([out * taps * words for out, taps, words in shapes])
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 @torch.no_grad()
@@ -407,19 +442,25 @@ def _norm_facts(norm: nn.Module) -> list:
     return [norm.num_features, getattr(norm, "source", None)]
 
 
-def _build(path, header: dict[str, Any]) -> nn.Module:
-    """Build the file's model, from our own factories only: a file must not name code to run."""
-    factory = header["factory"]
-    if not isinstance(factory, dict) or set(factory) != {"name", "args"}:
-        raise ValueError(f"{path} names no model factory; pass model=convert(your_model)")
-    masked = {name for name, _ in header["layers"]}
-    try:
-        plain = models.build(**factory)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; or pass model=convert(your_model)") from error
-    model = convert(plain, skip=lambda name, _: name not in masked)
+def _fitted(path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
+    """The model, built if need be, with the file's layers masked and its pairs of conv and norm.
+
+    It is built from our own factories only: a file must not name code to run.
+    """
+    if model is None:
+        factory = header["factory"]
+        if not isinstance(factory, dict) or set(factory) != {"name", "args"}:
+            raise ValueError(f"{path} names no model factory; pass model=your_model")
+        try:
+            model = models.build(**factory)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; or pass model=your_model") from error
+    if not masked_layers(model):
+        masked = {name for name, _ in header["layers"]}
+        convert(model, skip=lambda name, _: name not in masked)
+    modules = dict(model.named_modules())
     for name, (_, source) in header["norms"]:
-        if isinstance(norm := model.get_submodule(name), MaskedBatchNorm2d):
+        if isinstance(norm := modules.get(name), MaskedBatchNorm2d):
             norm.source = source
     return model
 
@@ -430,5 +471,5 @@ def _check_same(path, what: str, stored: list, present: dict[str, nn.Module], si
         difference = [(a, b) for a, b in zip(stored, here, strict=False) if a != b]
         raise ValueError(
             f"{path} holds {len(stored)} {what}, the model has {len(here)}, and they differ (first "
-            f"difference, file against model: {difference[:1]}); pass the model it was made from"
+            f"difference, file against model: {difference[:1]}); pass the plain model of the file"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -27,8 +28,9 @@ def _help(default: Any, text: str) -> Any:
 class Config:
     """Recipe fields of the engine."""
 
-    data: str = _help("digits", "data set; NAME@I/K takes fold I of K of its training part")
-    model: str = _help("resnet8", "network")
+    data: str = _help("digits", "data set, or package.module:function; NAME@I/K: fold I of K")
+    data_dir: str = _help("", "folder with the files of the data set")
+    model: str = _help("resnet8", "network, or package.module:function")
     model_args: dict = _help({}, "arguments of the network, as JSON")
     method: str = _help("cocktail", "training method")
     epochs: int = _help(12, "epochs of a stage")
@@ -71,6 +73,9 @@ class Config:
         for name in ("lr", "recalibrate_samples"):
             if (value := getattr(self, name)) <= 0:
                 raise ValueError(f"config: {name}={value} is not positive")
+        for name in ("warmup", "clip_norm", "weight_decay", "momentum", "threads"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"config: {name}={value} is negative; 0 switches it off")
 
 
 def recipe_names() -> list[str]:
@@ -91,7 +96,7 @@ def read_recipe(recipe: str | Path | None) -> dict[str, Any]:
         raise ValueError(
             f"recipe {str(recipe)!r} is neither one of {', '.join(recipe_names())} nor a YAML file"
         )
-    fields = yaml.safe_load(text) or {}
+    fields = _parsed("recipe", text) or {}
     if not isinstance(fields, dict):
         raise ValueError(f"recipe {recipe}: the YAML is no mapping of fields to values")
     return fields
@@ -119,12 +124,20 @@ def split_fields(fields: dict[str, Any]) -> tuple[Config, Any]:
     return Config(**made[0]), kinds[1](**made[1])
 
 
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {name}={text!r} is no valid value ({error})") from error
+
+
 def convert_field(name: str, value: Any, kind: type) -> Any:
     """A YAML value or a command-line string as the type of its field."""
     if isinstance(value, str) and kind is not str:
-        value = yaml.safe_load(value)
+        value = _parsed(name, value)
     if kind is float and isinstance(value, str):
-        value = float(value) if value.replace("e", "").replace("-", "").isdigit() else value
+        with suppress(ValueError):
+            value = float(value)  # YAML takes 1e-3 for a string
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is float and numeric:
         return value  # an int stays one: lengths count epochs as int, shares as float

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear
+from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear, evaluating
 
 __all__ = ["Conversion", "convert"]
 
@@ -154,12 +154,10 @@ def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]
                 sources.setdefault(name, set()).add(source)
 
             handles.append(module.register_forward_pre_hook(pair))
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(*(example if isinstance(example, tuple) else (example,)))
+        with evaluating(model), torch.no_grad():
+            model(*(example if isinstance(example, tuple) else (example,)))
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     # a BatchNorm that is called behind several things belongs to none of them

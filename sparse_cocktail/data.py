@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Data", "Split", "digits", "fold", "load", "names"]
+from .models import import_object
+
+__all__ = ["Data", "ShiftFlip", "Split", "cifar", "digits", "fold", "load", "names", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Data:
     """A data set.
 
     `train` is what is learned from, `holdout` what choices are made on, `test` is read for the
-    report only. `augment(inputs, generator)` changes a whole epoch's inputs at once, so that what a
-    sample gets does not depend on the batch it falls into.
+    report only. `augment` has `draw(count, generator) -> tensors` with one row per training sample
+    and `apply(inputs, *rows) -> inputs`; see `ShiftFlip`.
     """
 
     name: str
@@ -44,7 +48,7 @@ class Data:
     train: Split
     holdout: Split
     test: Split
-    augment: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    augment: ShiftFlip | None = None
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -77,19 +81,22 @@ class Data:
         """
         generator = generator_for(*seed)
         steps = self.steps_per_epoch(batch_size, world)
-        order = torch.randperm(len(self.train), generator=generator).to(self.train.targets.device)
+        order = torch.randperm(len(self.train), generator=generator)
         inputs, targets = self.train.inputs, self.train.targets
-        if self.augment is not None:
-            inputs = self.augment(inputs, generator)
+        drawn = () if self.augment is None else self.augment.draw(len(self.train), generator)
         for step in range(skip, steps):
             start = (step * world + rank) * batch_size
             chosen = order[start : start + batch_size]
-            yield inputs[chosen], targets[chosen]
+            batch = inputs[chosen.to(inputs.device)]
+            if self.augment is not None:
+                batch = self.augment.apply(batch, *(numbers[chosen] for numbers in drawn))
+            yield batch, targets[chosen.to(inputs.device)]
 
     def calibration(self, count: int, batch_size: int) -> list[Tensor]:
         """Fixed batches of `count` training inputs, not augmented, for BatchNorm statistics."""
         order = torch.randperm(len(self.train), generator=generator_for(0))[:count]
-        return list(self.train.inputs[order.to(self.train.targets.device)].split(batch_size))
+        chosen = self.train.inputs[order.to(self.train.inputs.device)]
+        return list(chosen.tensor_split(-(-len(chosen) // batch_size)))  # of equal size, within one
 
 
 def generator_for(*numbers: int) -> torch.Generator:
@@ -101,21 +108,41 @@ def generator_for(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def shift_one_pixel(fill: float, share: float) -> Callable[[Tensor, torch.Generator], Tensor]:
-    """Shift a share of the images by -1, 0 or 1 pixel each way; `fill` comes in at the border."""
+@dataclass(frozen=True)
+class ShiftFlip:
+    """Shift images by up to `pixels` each way, and mirror them half of the time if `flip`.
 
-    def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-        count, _, height, width = images.shape
-        offset = torch.randint(3, (2, count, 1), generator=generator)
-        moved = torch.rand(count, 1, generator=generator) < share
-        offset = torch.where(moved, offset, 1).to(images.device)  # 1 = in place
-        rows = offset[0] + torch.arange(height, device=images.device)
-        cols = offset[1] + torch.arange(width, device=images.device)
-        padded = F.pad(images, (1, 1, 1, 1), value=fill).movedim(1, 3)
-        index = torch.arange(count, device=images.device)[:, None, None]
-        return padded[index, rows[:, :, None], cols[:, None, :]].movedim(3, 1).contiguous()
+    A `share` of the images is shifted; `fill` (a number, or one per channel) comes in at the
+    border. `draw` takes the random numbers of a whole epoch, so that an image's do not depend on
+    its batch.
+    """
 
-    return augment
+    pixels: int
+    fill: float | tuple[float, ...] = 0.0
+    share: float = 1.0
+    flip: bool = False
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        offset = torch.randint(2 * self.pixels + 1, (2, count, 1), generator=generator)
+        moved = torch.rand(count, 1, generator=generator) < self.share
+        rows, cols = torch.where(moved, offset, self.pixels)  # `pixels` = in place
+        if not self.flip:
+            return rows, cols, torch.zeros(count, 1, dtype=torch.bool)
+        return rows, cols, torch.rand(count, 1, generator=generator) < 0.5
+
+    def apply(self, images: Tensor, rows: Tensor, cols: Tensor, flip: Tensor) -> Tensor:
+        count, channels, height, width = images.shape
+        device, p = images.device, self.pixels
+        across = torch.arange(width, device=device)
+        across = torch.where(flip.to(device), width - 1 - across, across)
+        down = rows.to(device) + torch.arange(height, device=device)
+        across = cols.to(device) + across
+        fill = torch.tensor(self.fill, dtype=images.dtype, device=device).view(1, -1, 1, 1)
+        padded = fill.expand(count, channels, height + 2 * p, width + 2 * p).clone()
+        padded[..., p : p + height, p : p + width] = images
+        index = torch.arange(count, device=device)[:, None, None]
+        taken = padded.movedim(1, 3)[index, down[:, :, None], across[:, None, :]]
+        return taken.movedim(3, 1).contiguous()
 
 
 def digits() -> Data:
@@ -144,7 +171,7 @@ def digits() -> Data:
         train=Split(train.inputs[: -_holdout(train)], train.targets[: -_holdout(train)]),
         holdout=Split(train.inputs[-_holdout(train) :], train.targets[-_holdout(train) :]),
         test=split(x_test, y_test),
-        augment=shift_one_pixel(fill=float(-mean / std), share=0.5),
+        augment=ShiftFlip(1, fill=float(-mean / std), share=0.5),
     )
 
 
@@ -167,20 +194,131 @@ def fold(data: Data, index: int, count: int) -> Data:
     return replace(data, name=f"{data.name}-fold{index}of{count}", train=rest, test=part)
 
 
-_LOADERS: dict[str, Callable[[], Data]] = {"digits": digits}
+# ---- CIFAR ---------------------------------------------------------------------------------------
+
+_CIFAR = {
+    # label bytes before the pixels, training files, test file, folder inside the archive
+    "cifar10": (1, [f"data_batch_{i}.bin" for i in range(1, 6)], "test_batch.bin", 10),
+    "cifar100": (2, ["train.bin"], "test.bin", 100),
+}
+_CIFAR_FOLDERS = ("", "cifar-10-batches-bin", "cifar-100-binary")
+_PIXELS = 3 * 32 * 32
+
+
+def cifar(name: str, folder: str | Path) -> Data:
+    """CIFAR-10 or CIFAR-100 from the official binary version in a local folder.
+
+    Records are label bytes and 3x32x32 uint8 pixels; CIFAR-100's second label byte (fine) is used.
+    The last 5 % of the training part is the hold-out. Inputs are (n, 3, 32, 32) float32,
+    standardised per channel by the training part; training images are shifted by up to 4 pixels
+    and mirrored.
+
+    Raises FileNotFoundError when a file is missing, ValueError when one is not whole records.
+    """
+    labels, train_files, test_file, classes = _CIFAR[name]
+    places = [Path(folder) / inner for inner in _CIFAR_FOLDERS]
+    found = next((p for p in places if (p / test_file).is_file()), None)
+    if not folder or found is None:
+        raise FileNotFoundError(
+            f"data: {name} needs --data-dir with the files of its official binary version; "
+            f"{str(folder)!r} has no {test_file}: unpack the archive there"
+        )
+    inputs, targets = _cifar_records([found / file for file in train_files], labels, classes)
+    test_inputs, test_targets = _cifar_records([found / test_file], labels, classes)
+    mean, std = _moments(inputs)
+
+    def split(x: Tensor, y: Tensor) -> Split:
+        return Split(x.float().div_(255).sub_(mean[:, None, None]).div_(std[:, None, None]), y)
+
+    cut = len(targets) - round(0.05 * len(targets))
+    return Data(
+        name=name,
+        classes=classes,
+        train=split(inputs[:cut], targets[:cut]),
+        holdout=split(inputs[cut:], targets[cut:]),
+        test=split(test_inputs, test_targets),
+        augment=ShiftFlip(4, fill=tuple((-mean / std).tolist()), flip=True),
+    )
+
+
+def _cifar_records(files: list[Path], labels: int, classes: int) -> tuple[Tensor, Tensor]:
+    """(n, 3, 32, 32) uint8 pixels and (n,) int64 labels of binary files."""
+    parts = []
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"data: {file} is missing; unpack the whole archive")
+        raw = torch.from_numpy(np.fromfile(file, dtype=np.uint8))
+        if len(raw) == 0 or len(raw) % (labels + _PIXELS):
+            raise ValueError(
+                f"data: {file} has {len(raw)} bytes, which is not a multiple of a record's "
+                f"{labels + _PIXELS}; it is damaged or not the binary version: unpack it again"
+            )
+        parts.append(raw.view(-1, labels + _PIXELS))
+    records = torch.cat(parts)
+    targets = records[:, labels - 1].long()
+    if int(targets.max()) >= classes:
+        raise ValueError(
+            f"data: {files[0].parent} has label {int(targets.max())}, but there are {classes} "
+            "classes; it is damaged or another data set's folder"
+        )
+    return records[:, labels:].reshape(-1, 3, 32, 32), targets
+
+
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation per channel of uint8 images scaled to [0, 1], exactly counted."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(c.reshape(-1), minlength=256) for c in images.unbind(1)])
+    share = counts.double() / counts.sum(1, keepdim=True)
+    mean = (share * values).sum(1)
+    std = (share * (values - mean[:, None]) ** 2).sum(1).sqrt()
+    return mean.float(), std.clamp(min=1 / 255).float()
+
+
+# ---- synthetic and the user's own ----------------------------------------------------------------
+
+
+def synthetic(shape: tuple[int, int, int] = (3, 32, 32), classes: int = 10) -> Data:
+    """Random images with random labels, for benchmarks: 512 to train, 64 hold-out, 64 test."""
+    generator = generator_for(0)
+    inputs = torch.randn(640, *shape, generator=generator)
+    targets = torch.randint(classes, (640,), generator=generator)
+    parts = [Split(inputs[a:b], targets[a:b]) for a, b in ((0, 512), (512, 576), (576, 640))]
+    return Data("synthetic", classes, *parts)
 
 
 def names() -> list[str]:
     """Names that `load` knows."""
-    return list(_LOADERS)
+    return ["digits", *_CIFAR, "synthetic"]
 
 
-def load(name: str) -> Data:
-    """Load a data set by name; `digits@1/5` is fold 1 of 5 of its training part."""
+def load(name: str, folder: str | Path = "") -> Data:
+    """Load a data set by name.
+
+    Args:
+        name: one of `names()`; `synthetic-3x224x224-1000` sets image shape and classes;
+            `package.module:function` calls the user's function, which returns a Data. A suffix
+            `@1/5` takes fold 1 of 5 of the training part as the test set.
+        folder: where the files of cifar10 and cifar100 lie.
+
+    Raises ValueError for an unknown name, FileNotFoundError for missing files.
+    """
     base, _, part = name.partition("@")
-    if base not in _LOADERS:
-        raise ValueError(f"data: name={base!r} is unknown; use one of {', '.join(_LOADERS)}")
-    data = _LOADERS[base]()
+    if ":" in base:
+        data = import_object(base)()
+        if not isinstance(data, Data):
+            raise TypeError(f"data: {base} returned a {type(data).__name__}, not a data.Data")
+    elif base == "digits":
+        data = digits()
+    elif base in _CIFAR:
+        data = cifar(base, folder)
+    elif found := re.fullmatch(r"synthetic(?:-(\d+)x(\d+)x(\d+)-(\d+))?", base):
+        numbers = [int(n) for n in found.groups() if n]
+        data = synthetic(tuple(numbers[:3]), numbers[3]) if numbers else synthetic()
+    else:
+        raise ValueError(
+            f"data: name={base!r} is unknown; use one of {', '.join(names())}, or "
+            "package.module:function for your own"
+        )
     if part:
         index, _, count = part.partition("/")
         if not (index.isdigit() and count.isdigit()):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from . import __version__, models
 from . import data as data_sets
-from . import models
 from .checkpoint import restore_dataclass
 from .cocktail import Cocktail
 from .config import Config, split_fields
@@ -95,6 +97,7 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.stop_signal: int | None = None
+        self.stop_at_once = False
         self.board = None
         self.facts = {**dataclasses.asdict(config), **dataclasses.asdict(options)}
         self.files = RunFolder(folder, self.facts, writes=self.rank == 0)
@@ -116,19 +119,24 @@ class Trainer:
         torch.manual_seed(config.seed)
         if config.threads:
             torch.set_num_threads(config.threads)
-        model = models.build(model, config.model_args) if isinstance(model, str) else model
-        data = data_sets.load(data) if isinstance(data, str) else data
+        if isinstance(model, str):
+            model = models.create(model, config.model_args)
+        data = data_sets.load(data, config.data_dir) if isinstance(data, str) else data
         device = config.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device.startswith("cuda"):
+            if not torch.cuda.is_available():
+                raise ValueError(f"config: device={device!r}, but torch sees no GPU; use cpu")
+            torch.backends.cudnn.deterministic = True  # a resumed run repeats its bits
         self.device = torch.device(device)
         if not hasattr(model, "conversion"):
             skip = None if config.mask_linear else (lambda _, m: isinstance(m, nn.Linear))
-            model = convert(model, skip, data.train.inputs[:2], config.channels_last)
+            example = data.train.inputs[:2].to(self.device)
+            model = convert(model.to(self.device), skip, example, config.channels_last)
         model.to(self.device)
         if config.init:
-            tensors, _ = read_tensors(config.init)
-            model.load_state_dict(tensors)
+            self._load_initial(model)
         network: nn.Module = torch.compile(model) if config.compile else model
         if self.world > 1:
             network = DistributedDataParallel(network, broadcast_buffers=False)
@@ -149,8 +157,28 @@ class Trainer:
         self.board = self._tensorboard()
         if self.world > 1:
             dist.barrier()  # every rank has checked the folder before rank 0 changes it
+        self._describe()
         if (checkpoint := self.files.claim(resume)) is not None:
             self._restore(checkpoint)
+
+    def _load_initial(self, model: nn.Module) -> None:
+        tensors, _ = read_tensors(self.config.init)
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise ValueError(f"config: init={self.config.init!r} does not fit: {error}") from error
+
+    def _describe(self) -> None:
+        """Say before the first step what is masked and what stays dense."""
+        report = self.ctx.model.conversion
+        left = "; ".join(f"{name} ({reason})" for name, reason in report.left.items())
+        self.console.print(
+            f"{len(self.ctx.cocktail.layers)} layers with {self.ctx.cocktail.bank.numel:,} weights "
+            f"are masked on {self.device}. Dense: {left or 'none'}",
+            markup=False,
+            highlight=False,
+        )
+        self.log("conversion", masked=list(self.ctx.cocktail.layers), left=report.left)
 
     def _tensorboard(self):
         if not self.config.tensorboard:
@@ -203,15 +231,17 @@ class Trainer:
                 self._run_stage(
                     index, lambda text: progress.update(bar, advance=1, description=text)
                 )
-        with ctx.timed("evaluate"):
-            scores = self.method.finish(ctx)
+            with ctx.timed("evaluate"), self._stopping_at_once():
+                scores = self.method.finish(ctx)
         ctx.seconds["total"] = self._clock()
         results = self._results(scores)
         self.log("finished", seconds=ctx.seconds["total"])
         if self.rank == 0:
-            facts = {"config": self.facts, "data": ctx.data.name}
+            facts = {"config": self.facts, "revision": results["environment"]["revision"]}
             ctx.cocktail.save(self.folder / "cocktail.safetensors", facts)
         self.files.finish(results)
+        if self.board is not None:
+            self.board.close()
         return results
 
     def _run_stage(self, index: int, tick) -> None:
@@ -241,17 +271,19 @@ class Trainer:
                 tick(f"{stage.name} ({index + 1}/{len(ctx.stages)})")
                 if ctx.step % self.config.log_every == 0:
                     self._flush_losses(stage)
-                if self.stop_signal is not None or ctx.step % self.config.checkpoint_every == 0:
+                stop = self._asked_to_stop()
+                if stop or ctx.step % self.config.checkpoint_every == 0:
                     self._flush_losses(stage)
                     self._checkpoint()
-                    self._stop_if_asked()
+                    self._stop_if_asked(stop)
             method.after_epoch(ctx)
         self._flush_losses(stage)
-        method.after_stage(ctx)
+        self._checkpoint()  # what follows may be long
         self._report_stage(stage)
+        with self._stopping_at_once():
+            method.after_stage(ctx)
         ctx.stage, ctx.step = index + 1, 0
         self._checkpoint()
-        self._stop_if_asked()
 
     def _report_stage(self, stage) -> None:
         ctx = self.ctx
@@ -301,7 +333,9 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         ctx = self.ctx
+        ctx.check_finite()
         ctx.seconds["total"] = self._clock()
+        on_gpu = self.device.type == "cuda"
         tree = {
             "stage": ctx.stage,
             "step": ctx.step,
@@ -313,7 +347,7 @@ class Trainer:
             "method": self.method.state,
             "random": {
                 "cpu": torch.get_rng_state(),
-                "device": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+                "device": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             },
         }
         self.files.save_checkpoint(tree)
@@ -330,14 +364,16 @@ class Trainer:
             self.stepper.scaler.load_state_dict(tree["scaler"])
         torch.set_rng_state(tree["random"]["cpu"])
         if tree["random"]["device"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tree["random"]["device"])
+            torch.cuda.set_rng_state(tree["random"]["device"], self.device)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Turn SIGTERM and Ctrl-C into a checkpoint at the next step's end."""
 
         def remember(number, _) -> None:
-            self.stop_signal = number
+            again, self.stop_signal = self.stop_signal is not None, number
+            if again or self.stop_at_once:
+                self._stop_if_asked(True)
 
         try:
             before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -349,8 +385,29 @@ class Trainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _stop_if_asked(self) -> None:
-        if self.stop_signal is not None:
+    @contextmanager
+    def _stopping_at_once(self) -> Iterator[None]:
+        """Around long work that a checkpoint precedes: a signal ends it without waiting."""
+        self.stop_at_once = True
+        try:
+            self._stop_if_asked(self.stop_signal is not None)
+            yield
+        finally:
+            self.stop_at_once = False
+
+    def _asked_to_stop(self) -> bool:
+        """Whether to stop after this step; ranks agree on it, now and then."""
+        if self.world == 1:
+            return self.stop_signal is not None
+        if self.ctx.step % self.config.log_every:
+            return False
+        asked = torch.tensor(float(self.stop_signal or 0), device=self.device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        self.stop_signal = int(asked) or None
+        return self.stop_signal is not None
+
+    def _stop_if_asked(self, asked: bool) -> None:
+        if asked:
             raise Interrupted(
                 f"stopped by {signal.Signals(self.stop_signal).name} at step {self.ctx.step} of "
                 f"stage {self.ctx.stage}; go on with --resume --out {self.folder}",
@@ -384,7 +441,26 @@ class Trainer:
             "model": config.model,
             "seed": config.seed,
             "config": self.facts,
+            "environment": {
+                "sparse_cocktail": __version__,
+                "revision": _revision(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+            },
             "seconds": {name: round(value, 3) for name, value in ctx.seconds.items()},
             "subnets": rows,
             "method_state": dataclasses.asdict(self.method.state),
         }
+
+
+def _revision() -> str | None:
+    """The git revision of the checkout that runs, if it is one."""
+    folder = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if (folder / "csrc").is_dir() else None

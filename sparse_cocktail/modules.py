@@ -8,20 +8,24 @@ it, are masked too, so that the masked network equals the physically slimmed one
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .ops.dispatch import check_bits
+from .ops.dispatch import check_bits, check_padding
 from .patterns import Pattern, parse
-from .reference import WORD, bits_shape
+from .reference import bits_shape
 from .selection import eligible, magnitude_masks
 
 __all__ = [
     "MaskedBatchNorm2d",
     "MaskedConv2d",
     "MaskedLinear",
+    "evaluating",
     "masked_layers",
     "output_positions",
 ]
@@ -76,11 +80,7 @@ class _Masked:
                 )
             mask = ops.pack_mask(mask)
         check_bits("set_mask", mask, bits_shape(self.weight.shape), "mask")
-        if self.weight.shape[1] % WORD and (mask[..., -1] >> self.weight.shape[1] % WORD).any():
-            raise ValueError(
-                f"set_mask: mask has bits set beyond in={self.weight.shape[1]}; padding bits must "
-                "be 0: make it with ops.pack_mask(mask) or complement it with ops.mask_andnot"
-            )
+        check_padding("set_mask", mask, self.weight.shape[1])
         with torch.no_grad():
             if self.mask_bits.is_meta and not mask.is_meta:  # a layer that is filled by assignment
                 self.mask_bits = torch.empty_like(mask)
@@ -279,6 +279,21 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         if live is not None:
             self.live.copy_(live)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.masked:
+            destination[prefix + "live"] = self.live.clone()
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:
+        live = state_dict.pop(prefix + "live", None)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if live is not None:
+            if self.live.is_meta:
+                self.live = torch.empty_like(live)
+            self.set_live(live)
+        elif self.masked and strict:
+            missing.append(prefix + "live")
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.masked:
             return super().forward(x)
@@ -354,12 +369,22 @@ def output_positions(model: nn.Module, example: Tensor) -> dict[str, int]:
 
     names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     handles = [module.register_forward_hook(count) for module in names]
-    training = model.training
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with evaluating(model), torch.no_grad():
+            model(example)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return positions
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is in eval mode; every module's own mode comes back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

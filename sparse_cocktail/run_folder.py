@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -68,14 +70,17 @@ class RunFolder:
         if not self.writes:
             return tree
         if tree is None:
-            for name in (CHECKPOINT, LOG, RESULTS):
+            for name in (CHECKPOINT, LOG, RESULTS, "cocktail.safetensors"):
                 (self.path / name).unlink(missing_ok=True)
+            for name in ("pool", "plots", "tensorboard"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
             write_json(self.path / CONFIG, self.facts)
         self._log = open(self.path / LOG, "a")  # noqa: SIM115 - open for the whole run
         if tree is None:
             self._log.writelines(self._early)
         else:
-            self._log.truncate(tree["log_bytes"])  # later lines are written again
+            end = min(tree["log_bytes"], self._log.tell())
+            self._log.truncate(end)  # later lines are written again
         return tree
 
     def log(self, line: dict[str, Any]) -> None:
@@ -90,6 +95,7 @@ class RunFolder:
     def save_checkpoint(self, tree: dict[str, Any]) -> None:
         """Replace the checkpoint, atomically; it remembers how long the log is."""
         if self._log is not None:
+            os.fsync(self._log.fileno())
             save_checkpoint(self.checkpoint_path, {**tree, "log_bytes": self._log.tell()})
 
     def finish(self, results: dict[str, Any]) -> None:

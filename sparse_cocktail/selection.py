@@ -32,15 +32,20 @@ def eligible(shape: Sequence[int], pattern: Pattern) -> str | None:
     return None
 
 
-def magnitude_masks(weights: Sequence[Tensor], pattern: Pattern) -> list[Tensor]:
+def magnitude_masks(
+    weights: Sequence[Tensor], pattern: Pattern, outputs: frozenset[int] = frozenset()
+) -> list[Tensor]:
     """Bits of a pattern by magnitude, one tensor per weight; ineligible layers keep everything.
 
     Unstructured and Block rank globally over all weights; Channel keeps the same share of output
-    channels in every layer, by their L1 norm; N:M ranks within its groups.
+    channels in every layer, by their L1 norm; N:M ranks within its groups. `outputs` are indices of
+    layers whose channels are the model's outputs: Channel leaves them alone.
     """
     weights = [w.detach() for w in weights]
     masks = [ones(w) for w in weights]
     chosen = [i for i, w in enumerate(weights) if eligible(w.shape, pattern) is None]
+    if isinstance(pattern, Channel):
+        chosen = [i for i in chosen if i not in outputs]
     if chosen and not isinstance(pattern, Dense):
         some = _eligible_masks([weights[i] for i in chosen], pattern)
         for i, bits in zip(chosen, some, strict=True):
@@ -75,6 +80,7 @@ def unified_stage(
     within: int | None,
     nm_from: int | None,
     nested_channels_from: int | None = None,
+    outputs: frozenset[int] = frozenset(),
 ) -> tuple[int, int, int | None]:
     """Add the rows of one Sparse Cocktail stage to the bank (paper, section 3.4).
 
@@ -86,12 +92,16 @@ def unified_stage(
         within: row of the previous unstructured mask (nested masks).
         nm_from: row of the N:M mask in force, or None before the first one.
         nested_channels_from: row of the previous channel mask when channels are nested too.
+        outputs: indices of layers whose channels are all kept.
 
     Returns:
         Row numbers (unstructured, channel, N:M); N:M is `nm_from` unless `new_nm` made a new row.
     """
     u, c, n = bank.add(), bank.add(), None if new_nm is None else bank.add()
-    channel_keep = [keep_count(channel.density, w.shape[0]) for w in bank.weights]
+    channel_keep = [
+        w.shape[0] if i in outputs else keep_count(channel.density, w.shape[0])
+        for i, w in enumerate(bank.weights)
+    ]
     bank.unified_(
         (u, n, c),
         keep_count(unstructured.density, bank.numel),

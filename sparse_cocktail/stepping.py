@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
 from .methods import Context, Method, Pass
 from .recalibrate import frozen_statistics
 from .schedules import length_in_steps
@@ -73,16 +72,18 @@ class Stepper:
         for layer in ctx.cocktail.layers.values():
             layer.dense_grad = each.dense_grad
         results, losses = [], []
+        total = sum(len(x) for x, _ in parts)
         for index, ((x, target), teacher) in enumerate(zip(parts, teachers, strict=True)):
             wait = self.distributed and not (last and index == len(parts) - 1)
             with ctx.network.no_sync() if wait else nullcontext():
                 with self._autocast():
                     output = ctx.network(_transformed(each, x))
                     loss = self._loss(each, output, target, teacher)
-                self.scaler.scale(loss * (each.weight / len(parts))).backward()
+                share = len(x) / total
+                self.scaler.scale(loss * (each.weight * share)).backward()
             results.append(output.detach())
-            losses.append(loss.detach())
-        self.losses.append((ctx.step, each.subnet, torch.stack(losses).mean()))
+            losses.append(loss.detach() * share)
+        self.losses.append((ctx.step, each.subnet, torch.stack(losses).sum()))
         return results
 
     def _loss(self, each: Pass, output: Tensor, target: Tensor, teacher: Tensor | None) -> Tensor:
@@ -106,7 +107,7 @@ class Stepper:
 
     @contextmanager
     def _frozen(self, passes: list[Pass]) -> Iterator[None]:
-        """Undo what the optimizer does to weights (and their momentum) that no pass kept."""
+        """Undo what the optimizer does to pruned weights and silent channels, momentum included."""
         cocktail, optimizer = self.ctx.cocktail, self.ctx.optimizer
         rows = {cocktail.subnets[each.subnet].row for each in passes}
         dense = None in rows or any(each.dense_grad for each in passes)
@@ -114,30 +115,21 @@ class Stepper:
             yield
             return
         saved = []
-        for index, layer in enumerate(cocktail.layers.values()):
-            kept = _union([cocktail.bank.views(row)[index] for row in rows])
-            state = optimizer.state.get(layer.weight, {})
-            buffers = {k: v.clone() for k, v in state.items() if _is_like(v, layer.weight)}
-            mask = ops.unpack_mask(kept, layer.weight.shape)
-            saved.append((layer.weight, mask, layer.weight.detach().clone(), buffers))
+        for parameter, mask in cocktail.kept_parameters([each.subnet for each in passes]):
+            state = optimizer.state.get(parameter, {})
+            buffers = {k: v.clone() for k, v in state.items() if _is_like(v, parameter)}
+            saved.append((parameter, mask, parameter.detach().clone(), buffers))
         yield
         with torch.no_grad():
-            for weight, mask, before, buffers in saved:
-                weight.copy_(torch.where(mask, weight, before))
-                for key, value in optimizer.state.get(weight, {}).items():
-                    if _is_like(value, weight):
+            for parameter, mask, before, buffers in saved:
+                parameter.copy_(torch.where(mask, parameter, before))
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if _is_like(value, parameter):
                         value.copy_(torch.where(mask, value, buffers.get(key, 0.0)))
 
 
 def _transformed(each: Pass, x: Tensor) -> Tensor:
     return x if each.transform is None else each.transform(x)
-
-
-def _union(bits: list[Tensor]) -> Tensor:
-    union = bits[0]
-    for other in bits[1:]:
-        union = ops.mask_or(union, other)
-    return union
 
 
 def _is_like(value: Any, weight: Tensor) -> bool:

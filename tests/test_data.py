@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from sparse_cocktail import data, models
-from sparse_cocktail.data import Data, Split, generator_for, shift_one_pixel
+from sparse_cocktail.data import Data, ShiftFlip, Split, generator_for
 from sparse_cocktail.tasks import Classification
 
 
@@ -171,7 +171,7 @@ def by_target(batches):
 def test_augmentation_does_not_depend_on_the_batch_size():
     images = torch.randn(37, 1, 4, 4)
     split = Split(images, torch.arange(37))
-    sets = Data("x", 37, split, split, split, shift_one_pixel(-5.0, 0.5))
+    sets = Data("x", 37, split, split, split, ShiftFlip(1, -5.0, 0.5))
     small = by_target(sets.epoch((1, 2, 3), 1))
     assert any(not torch.equal(small[i], images[i]) for i in small), "nothing was shifted"
     for size, rank, world in ((5, 0, 1), (12, 0, 1), (6, 1, 3)):
@@ -182,7 +182,8 @@ def test_augmentation_does_not_depend_on_the_batch_size():
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_images_shift_by_at_most_one_pixel(share):
     images = torch.randn(900, 2, 5, 7)
-    shifted = shift_one_pixel(-3.0, share)(images, generator_for(1))
+    shift = ShiftFlip(1, -3.0, share)
+    shifted = shift.apply(images, *shift.draw(900, generator_for(1)))
     assert shifted.shape == images.shape and shifted.is_contiguous()
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1), value=-3.0)
     candidates = torch.stack(
@@ -268,7 +269,7 @@ def test_build_remembers_how_it_was_called():
     args["width"] = 99
     assert model.factory == {"name": "resnet8", "args": {"width": 4}}
     assert models.build("resnet8").factory == {"name": "resnet8", "args": {}}
-    assert models.names() == ["resnet8"]
+    assert models.names() == ["resnet8", "resnet18", "resnet34", "resnet50", "vgg16"]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What a training method is to the engine: stages, passes, hooks, and a state that can be saved.
 
-A method subclasses `Method` and overrides what it needs. The engine (`train.py`) owns optimizers,
+A method subclasses `Method` and overrides what it needs. The engine (`engine.py`) owns optimizers,
 schedules, rewinding, precision, checkpoints and logs.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..cocktail import Cocktail
 from ..data import Data, generator_for
 from ..files import read_tensors, write_tensors
+from ..modules import evaluating
 from ..recalibrate import recalibrate
 from ..tasks import Task
 
@@ -112,12 +113,25 @@ class Context:
     # ---- weights in files of the run -------------------------------------------------------------
 
     def weights(self) -> dict[str, Tensor]:
-        """Everything but masks: parameters and BatchNorm statistics, the tensors themselves."""
+        """Everything but masks: parameters (the tensors themselves) and copies of the buffers."""
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
         with self.cocktail.using("dense"):
-            return {k: v.detach() for k, v in self.model.state_dict().items()}
+            state = self.model.state_dict()
+            return {k: v.detach() if k in parameters else v.clone() for k, v in state.items()}
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError when a weight or statistic is NaN or infinite."""
+        for name, tensor in self.weights().items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise FloatingPointError(
+                    f"{name} is not finite at step {self.step} of stage {self.stage}; the files of "
+                    f"{self.folder}, the last good checkpoint among them, are as they were: lower "
+                    "lr, add warmup or clip_norm"
+                )
 
     def save_weights(self, name: str) -> None:
         """Write the present weights to a file of the run's folder (rank 0; the others wait)."""
+        self.check_finite()
         weights = self.weights()
         if not dist.is_initialized() or dist.get_rank() == 0:
             write_tensors(self.folder / name, weights, {})
@@ -139,13 +153,11 @@ class Context:
     @torch.no_grad()
     def accuracy(self, split: str) -> float:
         """Mean metric of the active subnet on "holdout" or "test", in percent."""
-        training = self.model.training
-        self.model.eval()
         total, count = 0.0, 0
-        for inputs, targets in getattr(self.data, split).batches(1024):
-            score, samples = self.task.metric(self.model(inputs), targets)
-            total, count = total + float(score), count + samples
-        self.model.train(training)
+        with evaluating(self.model):
+            for inputs, targets in getattr(self.data, split).batches(1024):
+                score, samples = self.task.metric(self.model(inputs), targets)
+                total, count = total + float(score), count + samples
         return 100.0 * total / count
 
     def measure(

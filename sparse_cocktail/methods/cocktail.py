@@ -109,10 +109,32 @@ class SparseCocktail(Method):
                 f"cocktail: rewind={o.rewind} is not in [1, epochs={ctx.config.epochs}]; it counts "
                 "completed epochs of stage 0"
             )
-        for name in o.nm:
+        for name in ("prune_unstructured", "prune_channel"):
+            if not 0.0 < getattr(o, name) < 1.0:
+                raise ValueError(f"cocktail: {name}={getattr(o, name)} is not in (0, 1)")
+        if not 0.0 <= o.beta <= 1.0:
+            raise ValueError(f"cocktail: beta={o.beta} is not in [0, 1]; the paper uses 0.8")
+        ladder = [str(p) for k in range(1, o.stages + 1) for p in self._patterns(o, k)]
+        if len(set(ladder)) < len(ladder):
+            raise ValueError(
+                f"cocktail: stages={o.stages} gives two subnets the same name (four decimals); use "
+                "fewer stages or smaller shares"
+            )
+        made_at = list(o.nm.values())
+        if any(type(stage) is not int or stage < 1 for stage in made_at) or len(set(made_at)) < len(
+            made_at
+        ):
+            raise ValueError(
+                f"cocktail: nm={o.nm} must give every pattern a stage of its own, a whole number "
+                'from 1 on, as in {"1:2": 2, "2:4": 5}'
+            )
+        for name, stage in o.nm.items():
             pattern = parse(name)
             if not isinstance(pattern, NM):
                 raise ValueError(f"cocktail: nm has {name!r}, which is no N:M pattern such as 2:4")
+            if stage > o.stages:
+                ctx.log("not_made", pattern=name, reason=f"stage {stage} is beyond the last")
+                continue
             for layer, module in ctx.cocktail.layers.items():
                 if reason := eligible(module.weight.shape, pattern):
                     ctx.log("left_dense", pattern=name, layer=layer, reason=reason)
@@ -138,6 +160,7 @@ class SparseCocktail(Method):
             within=rows[previous[0]] if previous else None,
             nm_from=rows[self.state.nm_now] if self.state.nm_now else None,
             nested_channels_from=rows[previous[1]] if previous and o.nested_channels else None,
+            outputs=cocktail.outputs,
         )
         cocktail.add(unstructured, u, stage=k)
         cocktail.add(channel, c, stage=k)

@@ -13,7 +13,6 @@ The choice is made at run time, inside the op, so a forced backend also holds in
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,11 +144,6 @@ def gradient(op: str, backward: Callable, setup_context: Callable) -> None:
     )
 
 
-def interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, which also takes CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 # ---- checks shared by the families ---------------------------------------------------------------
 
 
@@ -187,6 +181,15 @@ def check_bits(op: str, bits: Tensor, shape: tuple[int, int, int], name: str = "
         raise ValueError(
             f"{op}: {name} has shape {tuple(bits.shape)}, but this weight has mask bits "
             f"(out, taps, ceil(in / 32)) = {tuple(shape)}; make them with ops.pack_mask(mask)"
+        )
+
+
+def check_padding(op: str, bits: Tensor, inputs: int) -> None:
+    """Refuse bits beyond the last input, which would count as kept (waits for the device)."""
+    if inputs % 32 and (bits[..., -1] >> inputs % 32).any():
+        raise ValueError(
+            f"{op}: mask has bits set beyond in={inputs}; padding bits must be 0: make it with "
+            "ops.pack_mask(mask) or complement it with ops.mask_andnot"
         )
 
 
