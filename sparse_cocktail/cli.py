@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import platform
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -55,6 +56,8 @@ def _train(
     if resume and (out / "config.json").is_file():
         fields = json.loads((out / "config.json").read_text())
     if paper:
+        if overrides.get("consolidate") is not None:
+            raise ValueError("train: --paper means --consolidate 0; give one of them")
         fields["consolidate"] = 0.0
     fields.update({name: value for name, value in overrides.items() if value is not None})
     model, data = fields.pop("model", "resnet8"), fields.pop("data", "digits")
@@ -67,6 +70,18 @@ def _train(
         f"{seconds.get('mask', 0.0):.2f} s): "
         + ", ".join(map(str, [out / "results.json", out / "cocktail.safetensors", *pictures]))
     )
+
+
+_METAVAR = {"bool": "true|false", "dict": "JSON", "int": "INT", "float": "NUMBER", "str": "TEXT"}
+
+
+def _field_help(field: dataclasses.Field) -> str:
+    """The field's own words, and its default outside of a recipe."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = json.dumps(field.default_factory())
+    shown = f"{default:.4g}" if isinstance(default, float) else str(default).lower()
+    return field.metadata.get("help", "") + (f" (default {shown})" if shown else "")
 
 
 def _with_recipe_options(function: typing.Callable) -> typing.Callable:
@@ -88,10 +103,10 @@ def _with_recipe_options(function: typing.Callable) -> typing.Callable:
             taken.add(field.name)
             option = typer.Option(
                 f"--{field.name.replace('_', '-')}",
-                help=field.metadata.get("help", ""),
+                help=_field_help(field),
                 rich_help_panel=panel,
                 show_default=False,
-                metavar=str(field.type).upper(),
+                metavar=_METAVAR.get(str(field.type), str(field.type).upper()),
             )
             parameters.append(
                 inspect.Parameter(
@@ -122,7 +137,13 @@ def _load(path: Path, model: str = ""):
     from .cocktail import Cocktail
     from .cocktail_file import read_cocktail
 
-    path = path / "cocktail.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        if not (path / "cocktail.safetensors").is_file():
+            raise ValueError(
+                f"{path} holds no finished run; go on with: sparse-cocktail train --resume --out "
+                f"{path}"
+            )
+        path = path / "cocktail.safetensors"
     if not model:
         return Cocktail.load(path)
     header, _ = read_cocktail(path)
@@ -196,7 +217,9 @@ def export(
         write_tensors(out, network.state_dict(), {"factory": factory, "subnet": subnet})
     elif out.suffix == ".pt2":
         if sample:
-            shape = tuple(int(part) for part in sample.split(","))
+            if not re.fullmatch(r"\d+([x,]\d+)*", sample):
+                raise ValueError(f"export: sample={sample!r} is no shape such as 3,32,32")
+            shape = tuple(int(part) for part in re.split("[x,]", sample))
         else:
             shape = _data_of(cocktail).sample_shape
         batch = torch.export.Dim("batch")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -46,8 +47,8 @@ class Subnet:
     row: int | None = None
     stage: int | None = None
     accuracy: float | None = None
-    statistics: list[Tensor] | None = None
-    live: list[Tensor] | None = None
+    statistics: list[Tensor] | None = field(default=None, repr=False)
+    live: list[Tensor] | None = field(default=None, repr=False)
 
 
 class Cocktail:
@@ -130,6 +131,12 @@ class Cocktail:
         row = masks if isinstance(masks, int) else self.bank.add(masks)
         subnet = Subnet(name, pattern, row, stage)
         subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(row)]
+        if dead := [n for n, live in zip(self.layers, subnet.live, strict=True) if not live.any()]:
+            warnings.warn(
+                f"subnet {name}: no weight is left in {dead}, so its output is constant behind "
+                "them; prune a trained model, prune less, or leave these layers dense (skip)",
+                stacklevel=2,
+            )
         self.subnets[name] = subnet
         return subnet
 

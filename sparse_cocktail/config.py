@@ -28,9 +28,14 @@ def _help(default: Any, text: str) -> Any:
 class Config:
     """Recipe fields of the engine."""
 
-    data: str = _help("digits", "data set, or package.module:function; NAME@I/K: fold I of K")
+    data: str = _help(
+        "digits",
+        "digits, cifar10, cifar100, synthetic or package.module:function; NAME@I/K: fold I of K",
+    )
     data_dir: str = _help("", "folder with the files of the data set")
-    model: str = _help("resnet8", "network, or package.module:function")
+    model: str = _help(
+        "resnet8", "resnet8, resnet18, resnet34, resnet50, vgg16 or package.module:function"
+    )
     model_args: dict = _help({}, "arguments of the network, as JSON")
     method: str = _help("cocktail", "training method")
     epochs: int = _help(12, "epochs of a stage")
@@ -56,7 +61,7 @@ class Config:
     threads: int = _help(0, "CPU threads (0: torch's default)")
     checkpoint_every: int = _help(500, "optimizer steps between checkpoints")
     log_every: int = _help(20, "optimizer steps between log lines")
-    tensorboard: bool = _help(False, "write TensorBoard logs too (extra [log])")
+    tensorboard: bool = _help(False, "write TensorBoard logs too (needs the extra log)")
 
     def __post_init__(self) -> None:
         choices = {
@@ -142,8 +147,9 @@ def convert_field(name: str, value: Any, kind: type) -> Any:
     if kind is float and numeric:
         return value  # an int stays one: lengths count epochs as int, shares as float
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        example = """, written as JSON: '{"2:4": 1}'""" if kind is dict else ""
         raise ValueError(
             f"config: {name}={value!r} is a {type(value).__name__}, but the field is a "
-            f"{kind.__name__}"
+            f"{kind.__name__}{example}"
         )
     return value

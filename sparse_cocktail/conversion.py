@@ -90,11 +90,13 @@ def _reasons_to_leave(model, names, skip) -> dict[str, str]:
     if convolutions:
         reasons[convolutions[0]] = "first convolution"
     if skip is not None and not callable(skip):
-        wanted = set(skip)
-        if unknown := sorted(wanted - set(names)):
+        wanted = {skip} if isinstance(skip, str) else set(skip)
+        layers = [n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        covered = {w for w in wanted for n in layers if f"{n}.".startswith(f"{w}.")}
+        if useless := sorted(wanted - covered):
             raise ValueError(
-                f"convert: skip names {unknown}, which the model does not have; its layers are "
-                f"{[n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))]}"
+                f"convert: skip names {useless}, but no linear or convolution layer is called "
+                f"so or lies inside; the model's layers are {layers}"
             )
         skip = lambda name, _: any(name == w or name.startswith(w + ".") for w in wanted)  # noqa: E731
     owners: dict[int, list[str]] = {}

@@ -18,10 +18,28 @@ __all__ = ["Data", "ShiftFlip", "Split", "cifar", "digits", "fold", "load", "nam
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (n, ...) and targets (n,) of one part of a data set."""
+    """Inputs (n, ...) in floating point and targets (n, ...) of one part of a data set."""
 
     inputs: Tensor
     targets: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.inputs, Tensor) or not isinstance(self.targets, Tensor):
+            raise TypeError(
+                f"Split: inputs is a {type(self.inputs).__name__} and targets a "
+                f"{type(self.targets).__name__}; both are tensors"
+            )
+        if len(self.inputs) != len(self.targets):
+            raise ValueError(
+                f"Split: {len(self.inputs)} inputs have {len(self.targets)} targets; give one each"
+            )
+        if len(self.targets) == 0:
+            raise ValueError("Split: there is no sample; every part of a data set needs some")
+        if not self.inputs.is_floating_point():
+            raise TypeError(
+                f"Split: inputs have dtype {self.inputs.dtype}, but networks take floating point; "
+                "scale and convert them, for example images.float() / 255"
+            )
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -36,7 +54,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set.
+    """A data set in memory.
+
+        Data("mine", 10, Split(x, y), Split(x_holdout, y_holdout), Split(x_test, y_test))
 
     `train` is what is learned from, `holdout` what choices are made on, `test` is read for the
     report only. `augment` has `draw(count, generator) -> tensors` with one row per training sample
@@ -49,6 +69,22 @@ class Data:
     holdout: Split
     test: Split
     augment: ShiftFlip | None = None
+
+    def __post_init__(self) -> None:
+        for part in ("train", "holdout", "test"):
+            split = getattr(self, part)
+            if not isinstance(split, Split):
+                raise TypeError(
+                    f"Data: {part} is a {type(split).__name__}, not a Split; give "
+                    "Split(inputs, targets)"
+                )
+            labels = split.targets
+            whole = not labels.is_floating_point() and labels.dim() == 1
+            if whole and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
+                raise ValueError(
+                    f"Data: {part} has labels {int(labels.min())} to {int(labels.max())}, but "
+                    f"classes={self.classes}; labels count from 0"
+                )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ import platform
 import random
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
@@ -120,6 +120,11 @@ class Trainer:
         if config.threads:
             torch.set_num_threads(config.threads)
         if isinstance(model, str):
+            if model.startswith("custom:"):
+                raise ValueError(
+                    f"train: the run's model ({model}) was given in Python; resume it there with "
+                    "train(model, data, out=..., resume=True)"
+                )
             model = models.create(model, config.model_args)
         data = data_sets.load(data, config.data_dir) if isinstance(data, str) else data
         device = config.device
@@ -131,7 +136,7 @@ class Trainer:
             torch.backends.cudnn.deterministic = True  # a resumed run repeats its bits
         self.device = torch.device(device)
         if not hasattr(model, "conversion"):
-            skip = None if config.mask_linear else (lambda _, m: isinstance(m, nn.Linear))
+            skip = None if config.mask_linear else _linear_layers(model)
             example = data.train.inputs[:2].to(self.device)
             model = convert(model.to(self.device), skip, example, config.channels_last)
         model.to(self.device)
@@ -453,6 +458,15 @@ class Trainer:
             "subnets": rows,
             "method_state": dataclasses.asdict(self.method.state),
         }
+
+
+def _linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    if not any(isinstance(m, nn.Conv2d) for m in list(model.modules())):
+        raise ValueError(
+            f"train: {type(model).__name__} has no convolution, and linear layers are left dense; "
+            "set mask_linear=True (--mask-linear true)"
+        )
+    return lambda _, module: isinstance(module, nn.Linear)
 
 
 def _revision() -> str | None:

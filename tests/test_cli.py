@@ -124,6 +124,13 @@ def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
         (["eval", "RUN", "--subnet", "3:4"], "subnet '3:4' is unknown"),
         (["eval", "RUN", "--split", "dev"], "split='dev' is not one of"),
         (["export", "RUN", "1:2", "--out", "{}/x.onnx"], "must end in .safetensors or .pt2"),
+        (["export", "RUN", "1:2", "--out", "{}/x.pt2", "--sample", "big"], "'big' is no shape"),
+        (
+            ["train", "--paper", "--consolidate", "1", "--out", "{}"],
+            "--paper means --consolidate 0",
+        ),
+        (["train", "--recipe", "[log]x", "--out", "{}"], "recipe '[log]x' is neither"),
+        (["train", "--nm", "{bad", "--out", "{}/x"], "nm='{bad' is no valid value"),
         (["train", "--recipe", "digits", "--out", "RUN"], "holds a run already"),
     ],
     ids=lambda v: v if isinstance(v, str) else v[0],
@@ -136,3 +143,13 @@ def test_errors_are_one_line(finished, tmp_path, monkeypatch, capsys, arguments,
     code, _, errors = call(monkeypatch, capsys, *filled)
     assert code == 2
     assert message in " ".join(errors.split()) and "Traceback" not in errors
+
+
+def test_runs_that_are_not_finished_and_folds(tmp_path, monkeypatch, capsys):
+    code, _, errors = call(monkeypatch, capsys, "eval", tmp_path)
+    assert code == 2 and "holds no finished run" in " ".join(errors.split())
+    arguments = ["train", *QUICK, "--stages", "1", "--data", "digits@0/5", "--out", tmp_path]
+    assert call(monkeypatch, capsys, *arguments)[0] == 0
+    code, output, _ = call(monkeypatch, capsys, "eval", tmp_path)
+    wanted = json.loads((tmp_path / "results.json").read_text())["subnets"][0]["accuracy"]
+    assert code == 0 and f"{wanted:.2f}" in output

@@ -146,7 +146,7 @@ def test_split_batches_are_in_order_and_complete(digits):
 
 def test_calibration_batches_are_fixed_plain_training_inputs(digits):
     batches = digits.calibration(100, 32)
-    assert [len(b) for b in batches] == [32, 32, 32, 4]
+    assert [len(b) for b in batches] == [25, 25, 25, 25]
     assert all(map(torch.equal, batches, digits.calibration(100, 32)))
     known = {tuple(row) for row in digits.train.inputs.flatten(1).tolist()}
     assert all(tuple(row) in known for row in torch.cat(batches).flatten(1).tolist())
@@ -241,7 +241,7 @@ def test_names_that_do_not_load(name, message):
 
 
 def test_data_names():
-    assert data.names() == ["digits"]
+    assert data.names() == ["digits", "cifar10", "cifar100", "synthetic"]
 
 
 def test_moving_keeps_everything(digits):
