@@ -56,17 +56,20 @@ def convert(
         ValueError: when `skip` names a layer that is not there, or nothing could be converted.
     """
     report = getattr(model, "conversion", Conversion())
-    names = dict(model.named_modules())
-    reasons = _reasons_to_leave(model, names, skip)
+    names = dict(model.named_modules(remove_duplicate=False))
+    reasons = _reasons_to_leave(model, names, skip, _first_convolution(model, example_input))
+    made: dict[nn.Module, nn.Module] = {}  # a BatchNorm may stand under several names
     for name, module in names.items():
-        if name in reasons and not isinstance(module, nn.BatchNorm2d):
+        norm = isinstance(module, nn.BatchNorm2d)
+        if name in reasons and not norm:
             report.left[name] = reasons[name]
         if type(module) not in _SWAPS or name == "" or name in report.left:
             continue
         parent, _, child = name.rpartition(".")
-        made = _SWAPS[type(module)].from_dense(module)
-        setattr(names[parent], child, made)
-        if not isinstance(module, nn.BatchNorm2d):
+        if module not in made:
+            made[module] = _SWAPS[type(module)].from_dense(module)
+        setattr(names[parent], child, made[module])
+        if not norm:
             report.masked.append(name)
     if not report.masked:
         raise ValueError(
@@ -84,11 +87,31 @@ def convert(
     return model
 
 
-def _reasons_to_leave(model, names, skip) -> dict[str, str]:
-    reasons: dict[str, str] = {}
-    convolutions = [n for n, m in names.items() if isinstance(m, nn.Conv2d)]
-    if convolutions:
-        reasons[convolutions[0]] = "first convolution"
+def _first_convolution(model: nn.Module, example: Tensor | tuple | None) -> str | None:
+    """Name of the convolution that runs first in a forward, or is registered first without one."""
+    convolutions = {m: n for n, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    called: list[str] = []
+    if example is not None and convolutions:
+        handles = [
+            module.register_forward_pre_hook(lambda m, _: called.append(convolutions[m]))
+            for module in convolutions
+        ]
+        _forward(model, example, handles)
+    return next(iter([*called, *convolutions.values()]), None)
+
+
+def _forward(model: nn.Module, example: Tensor | tuple, handles: list) -> None:
+    """One forward in eval mode, after which the hooks are removed."""
+    try:
+        with evaluating(model), torch.no_grad():
+            model(*(example if isinstance(example, tuple) else (example,)))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _reasons_to_leave(model, names, skip, first: str | None) -> dict[str, str]:
+    reasons: dict[str, str] = {} if first is None else {first: "first convolution"}
     if skip is not None and not callable(skip):
         wanted = {skip} if isinstance(skip, str) else set(skip)
         layers = [n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -100,8 +123,7 @@ def _reasons_to_leave(model, names, skip) -> dict[str, str]:
             )
         skip = lambda name, _: any(name == w or name.startswith(w + ".") for w in wanted)  # noqa: E731
     owners: dict[int, list[str]] = {}
-    aliases = dict(model.named_modules(remove_duplicate=False))
-    for name, module in aliases.items():
+    for name, module in names.items():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             if isinstance(getattr(module, "weight", None), nn.Parameter):
                 owners.setdefault(id(module.weight), []).append(name)  # e.g. a tied embedding
@@ -111,7 +133,7 @@ def _reasons_to_leave(model, names, skip) -> dict[str, str]:
             reasons[name] = "its weight is computed (pruned or re-parametrised), not a Parameter"
         if skip is not None and skip(name, module):
             reasons[name] = "skipped on request"
-        parents = [model, *(aliases[name[:i]] for i, c in enumerate(name) if c == ".")]
+        parents = [model, *(names[name[:i]] for i, c in enumerate(name) if c == ".")]
         if reader := next((p for p in parents if isinstance(p, _READS_WEIGHT)), None):
             reasons[name] = f"{type(reader).__name__} reads its weight directly"
         if type(module) not in (*_SWAPS, *_SWAPS.values()):
@@ -156,12 +178,7 @@ def _recorded_pairs(model: nn.Module, example: Tensor | tuple) -> dict[str, str]
                 sources.setdefault(name, set()).add(source)
 
             handles.append(module.register_forward_pre_hook(pair))
-    try:
-        with evaluating(model), torch.no_grad():
-            model(*(example if isinstance(example, tuple) else (example,)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    _forward(model, example, handles)
     # a BatchNorm that is called behind several things belongs to none of them
     single = {norm: next(iter(found)) for norm, found in sources.items() if len(found) == 1}
     return {norm: source for norm, source in single.items() if source is not None}

@@ -246,3 +246,25 @@ def test_skip_takes_one_name_and_refuses_names_without_layers():
     assert list(convert(net, skip="2").conversion.left) == ["2"]
     with pytest.raises(ValueError, match=r"skip names \['1'\], but no linear or convolution layer"):
         convert(net, skip=["1"])
+
+
+class LateStem(nn.Module):
+    """The head is registered before the stem, and one BatchNorm stands under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.norm = nn.Conv2d(4, 2, 1), nn.BatchNorm2d(4)
+        self.stem, self.alias = nn.Conv2d(1, 4, 3), self.norm
+
+    def forward(self, x):
+        return self.head(self.alias(self.stem(x)))
+
+
+def test_the_first_convolution_is_the_one_that_runs_first():
+    assert convert(LateStem()).conversion.masked == ["stem"]
+    assert convert(LateStem(), example_input=images()).conversion.masked == ["head"]
+
+
+def test_a_norm_under_two_names_stays_one():
+    net = convert(LateStem(), example_input=images())
+    assert net.norm is net.alias and hasattr(net.norm, "live")
