@@ -14,13 +14,14 @@ from .files import read_tensors, write_tensors
 __all__ = ["load_checkpoint", "restore_dataclass", "save_checkpoint"]
 
 FORMAT = 1
+_ENTRY = "sparse_cocktail_checkpoint"  # of the safetensors metadata
 
 
 def save_checkpoint(path: str | os.PathLike, tree: dict[str, Any]) -> None:
     """Write a tree of dicts, lists, dataclasses, tensors, numbers, strings and None, atomically."""
     tensors: dict[str, Tensor] = {}
     plain = _flatten(tree, "", tensors)
-    header = {"format": str(FORMAT), "sparse_cocktail_checkpoint": json.dumps(plain)}
+    header = {"format": str(FORMAT), _ENTRY: json.dumps(plain)}
     write_tensors(path, tensors, header)
 
 
@@ -29,8 +30,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a damaged file, another kind or another format.
     """
-    tensors, header = read_tensors(path)
-    if "sparse_cocktail_checkpoint" not in header:
+    tensors, header = read_tensors(path, signed=_ENTRY)
+    if _ENTRY not in header:
         raise ValueError(
             f"{path} is no checkpoint of a training run; give RUN/checkpoint.safetensors"
         )
@@ -39,7 +40,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} has checkpoint format {header['format']}, but this version reads {FORMAT}; "
             "resume with the version that wrote it"
         )
-    return _unflatten(json.loads(header["sparse_cocktail_checkpoint"]), tensors)
+    return _unflatten(json.loads(header[_ENTRY]), tensors)
 
 
 def restore_dataclass(target: Any, values: dict[str, Any]) -> None:

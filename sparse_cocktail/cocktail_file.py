@@ -1,4 +1,4 @@
-"""The cocktail file: one safetensors file with a JSON header and a digest over all of it.
+"""The cocktail file: one safetensors file with a JSON header.
 
     model.KEY          the dense network's state dict
     levels             uint8, two 4-bit prune levels a byte: how many nested masks keep a weight
@@ -10,7 +10,6 @@ Weights are in the order of the masked layers, each in its view (out, taps, in).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from .reference import weight_view
 __all__ = ["MAX_LEVELS", "pack_levels", "read_cocktail", "unpack_levels", "write_cocktail"]
 
 FORMAT = 1
+_ENTRY = "sparse_cocktail"  # of the safetensors metadata
 MAX_LEVELS = 15  # what 4 bits hold
 
 
@@ -60,10 +60,9 @@ def unpack_levels(packed: Tensor, weights: Sequence[Tensor], count: int) -> list
 def write_cocktail(
     path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """Write header and tensors with format version and digest, atomically."""
-    header = json.loads(json.dumps({"format": FORMAT, **header}))  # as it will be read back
-    header["digest"] = _digest(header, tensors)
-    write_tensors(path, tensors, {"sparse_cocktail": json.dumps(header)})
+    """Write header and tensors with the format version, atomically."""
+    header = {"format": FORMAT, **header}
+    write_tensors(path, tensors, {_ENTRY: json.dumps(header)})
 
 
 def read_cocktail(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,33 +70,13 @@ def read_cocktail(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Te
 
     Raises FileNotFoundError; ValueError for a truncated, edited or foreign file or another format.
     """
-    tensors, metadata = read_tensors(path)
-    if "sparse_cocktail" not in metadata:
+    tensors, metadata = read_tensors(path, signed=_ENTRY)
+    if _ENTRY not in metadata:
         raise ValueError(f"{path} is no cocktail file; it must be one that Cocktail.save wrote")
-    try:
-        header = json.loads(metadata["sparse_cocktail"])
-        version, digest = header["format"], header["digest"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: the header is damaged ({error}); take a whole copy") from error
-    if version != FORMAT:
+    header = json.loads(metadata[_ENTRY])
+    if header["format"] != FORMAT:
         raise ValueError(
-            f"{path} has format {version}, but this version reads format {FORMAT}; use the version "
-            "of sparse-cocktail that wrote it"
-        )
-    if digest != _digest(header, tensors):
-        raise ValueError(
-            f"{path} was edited or damaged after it was saved (its digest does not match); take "
-            "the original copy"
+            f"{path} has format {header['format']}, but this version reads format {FORMAT}; use "
+            "the version of sparse-cocktail that wrote it"
         )
     return header, tensors
-
-
-def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over the header (without the digest) and every tensor."""
-    known = {k: v for k, v in header.items() if k != "digest"}
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

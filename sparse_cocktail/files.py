@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -9,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 
 __all__ = ["read_tensors", "write_atomic", "write_json", "write_tensors"]
+
+
+_DIGEST = "sha256"  # header entry
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
@@ -54,26 +59,52 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: dict[str, torch.Tensor], header: dict[str, str]
 ) -> None:
-    """Write one safetensors file, atomically. Tensors are stored contiguous, from the CPU."""
+    """Write one safetensors file, atomically, with a digest over everything in it.
+
+    Tensors are stored contiguous, from the CPU.
+    """
     stored = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    data = serialize(stored, metadata=header or None)
+    data = serialize(stored, metadata={**header, _DIGEST: _digest(stored, header)})
     write_atomic(path, lambda file: file.write(data))
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: str | os.PathLike, signed: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read all tensors and the header of one safetensors file, on the CPU.
 
-    Raises FileNotFoundError, or ValueError for a file that is truncated or of another kind.
+    A digest, where the file has one, is checked. `signed` names a header entry of our own files: a
+    file that has the entry must have a digest too.
+
+    Raises FileNotFoundError, or ValueError for a file that is truncated, edited or of another kind.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist or is no file; check the path of the file to load"
-        )
+        raise FileNotFoundError(f"{path} does not exist or is no file; check the path to load")
+    data = Path(path).read_bytes()  # at once: the file may be replaced meanwhile
     try:
-        with safe_open(str(path), framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = deserialize(data)
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no whole safetensors file ({error}); it was truncated or is of another "
             "kind: take a complete copy"
         ) from error
+    expected = header.pop(_DIGEST, None)
+    required = expected is not None or signed in header
+    if required and expected != _digest(tensors, header):
+        raise ValueError(
+            f"{path} was edited or damaged after it was saved (its digest does not match); take "
+            "the original copy"
+        )
+    return tensors, header
+
+
+def _digest(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+    """SHA-256 over the header and every tensor."""
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparse_cocktail import Cocktail, MaskedLinear, Unstructured, convert, models, ops
-from sparse_cocktail.cocktail_file import _digest
+from sparse_cocktail.files import write_tensors
 
 PATTERNS = ("unstructured-0.8", "channel-0.5", "2:4", "1:8", "block-1x4-0.5")
 
@@ -305,9 +305,11 @@ def rewrite(path, signed=False, **changes):
     """Save the file again with a changed header, whose digest is right when `signed`."""
     tensors, header = stored(path)
     header.update(changes)
-    if signed:
-        header["digest"] = _digest(header, tensors)
-    save_file(tensors, path, {"sparse_cocktail": json.dumps(header)})
+    (write_tensors if signed else unsigned)(path, tensors, {"sparse_cocktail": json.dumps(header)})
+
+
+def unsigned(path, tensors, header):
+    save_file(tensors, path, header)
 
 
 def flip(path, position):

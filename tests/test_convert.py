@@ -170,7 +170,8 @@ def test_layers_that_cannot_be_masked_are_left_with_a_reason():
 def test_block_under_two_names_is_left():
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
     assert convert(model.append(model[0])).conversion.left == {
-        "0.0": "weight tied between 0.0, 2.0"
+        "0.0": "weight tied between 0.0, 2.0",
+        "2.0": "weight tied between 0.0, 2.0",
     }
 
 

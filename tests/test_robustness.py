@@ -268,3 +268,43 @@ def test_the_first_convolution_is_the_one_that_runs_first():
 def test_a_norm_under_two_names_stays_one():
     net = convert(LateStem(), example_input=images())
     assert net.norm is net.alias and hasattr(net.norm, "live")
+
+
+# ---- damaged files -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder)
+    return folder
+
+
+def damaged(data: bytes, number: int) -> bytes:
+    """A cut, a changed byte, a run of zeros, a doubled or a missing piece, somewhere."""
+    generator = torch.Generator().manual_seed(number)
+    at = int(torch.randint(len(data) - 1, (1,), generator=generator))
+    if number % 2:  # half of them hit the header, which is short
+        at %= 2000
+    size = 1 + int(torch.randint(64, (1,), generator=generator))
+    other = bytes([data[at] ^ (1 << number % 8)])
+    return (
+        data[:at],
+        data[:at] + other + data[at + 1 :],
+        data[:at] + bytes(size) + data[at + size :],
+        data[:at] + data[at : at + size] + data[at:],
+        data[:at] + data[at + size :],
+    )[number // 2 % 5]
+
+
+@pytest.mark.parametrize("name", ["cocktail.safetensors", "checkpoint.safetensors"])
+def test_a_hundred_damaged_files_are_a_hundred_clear_errors(whole_files, tmp_path, name):
+    data = (whole_files / name).read_bytes()
+    load = Cocktail.load if name.startswith("cocktail") else load_checkpoint
+    for number in range(100):
+        path = tmp_path / f"{number}.safetensors"
+        path.write_bytes(changed := damaged(data, number))
+        if changed == data:
+            continue
+        with pytest.raises(ValueError, match=r"no whole safetensors file|edited or damaged|is no "):
+            load(path)
