@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import models, ops
+from . import ops
 from .bank import MaskBank
 from .cocktail_file import (
     MAX_LEVELS,
+    check_same,
+    fitted_model,
+    norm_facts,
     pack_levels,
     read_cocktail,
     unpack_levels,
     write_cocktail,
 )
-from .conversion import convert
 from .modules import MaskedBatchNorm2d, masked_layers, output_positions
 from .ops.dispatch import check_padding
 from .patterns import Dense, Pattern, Unstructured, parse
@@ -266,7 +268,7 @@ class Cocktail:
                     "pattern": subnet.pattern.kind,
                     "sparsity": 1.0 - nnz / self.bank.numel,
                     "nnz": nnz,
-                    "parameters": total - (self.bank.numel - nnz) - self._silent(subnet),
+                    "parameters": total - self._pruned(subnet),
                     "flops": None if positions is None else self._flops(positions, kept),
                     "accuracy": subnet.accuracy,
                 }
@@ -279,14 +281,11 @@ class Cocktail:
         views = self.bank.views(subnet.row)
         return {n: int(ops.mask_count(v)) for n, v in zip(self.layers, views, strict=True)}
 
-    def _silent(self, subnet: Subnet) -> int:
-        """Biases and BatchNorm parameters of pruned channels."""
-        if subnet.live is None:
+    def _pruned(self, subnet: Subnet) -> int:
+        """Parameters that are zero: pruned weights, biases and BatchNorm of silent channels."""
+        if subnet.row is None:
             return 0
-        dead = [int((~live).sum()) for live in subnet.live]
-        biases = [0 if layer.bias is None else 1 for layer in self.layers.values()]
-        count = sum(d * b for d, b in zip(dead, biases, strict=True))
-        return count + sum(2 * dead[i] for norm, i in self._silenced if norm.affine)
+        return sum(int((~mask).sum()) for _, mask in self.kept_parameters([subnet.name]))
 
     def _flops(self, positions: dict[str, int], kept: dict[str, int]) -> int:
         weights = {name: self.model.get_submodule(name).weight.numel() for name in positions}
@@ -363,7 +362,7 @@ class Cocktail:
         header = {
             "factory": getattr(self.model, "factory", None),
             "layers": [[n, list(m.weight.shape)] for n, m in self.layers.items()],
-            "norms": [[n, _norm_facts(m)] for n, m in self.norms.items()],
+            "norms": [[n, norm_facts(m)] for n, m in self.norms.items()],
             "nested": nested,
             "subnets": [
                 {"name": s.name, "stage": s.stage, "accuracy": s.accuracy}
@@ -398,12 +397,12 @@ class Cocktail:
             format version, or for a model whose layers differ.
         """
         header, tensors = read_cocktail(path)
-        model = _fitted(path, header, model)
+        model = fitted_model(path, header, model)
         cocktail = cls(model)
-        _check_same(
+        check_same(
             path, "layers", header["layers"], cocktail.layers, lambda m: list(m.weight.shape)
         )
-        _check_same(path, "norms", header["norms"], cocktail.norms, _norm_facts)
+        check_same(path, "norms", header["norms"], cocktail.norms, norm_facts)
         prefix = "model."
         state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
         try:
@@ -443,40 +442,3 @@ class Cocktail:
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _norm_facts(norm: nn.Module) -> list:
-    return [norm.num_features, getattr(norm, "source", None)]
-
-
-def _fitted(path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
-    """The model, built if need be, with the file's layers masked and its pairs of conv and norm.
-
-    It is built from our own factories only: a file must not name code to run.
-    """
-    if model is None:
-        factory = header["factory"]
-        if not isinstance(factory, dict) or set(factory) != {"name", "args"}:
-            raise ValueError(f"{path} names no model factory; pass model=your_model")
-        try:
-            model = models.build(**factory)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; or pass model=your_model") from error
-    if not masked_layers(model):
-        masked = {name for name, _ in header["layers"]}
-        convert(model, skip=lambda name, _: name not in masked)
-    modules = dict(model.named_modules())
-    for name, (_, source) in header["norms"]:
-        if isinstance(norm := modules.get(name), MaskedBatchNorm2d):
-            norm.source = source
-    return model
-
-
-def _check_same(path, what: str, stored: list, present: dict[str, nn.Module], size) -> None:
-    here = [[name, size(module)] for name, module in present.items()]
-    if stored != here:
-        difference = [(a, b) for a, b in zip(stored, here, strict=False) if a != b]
-        raise ValueError(
-            f"{path} holds {len(stored)} {what}, the model has {len(here)}, and they differ (first "
-            f"difference, file against model: {difference[:1]}); pass the plain model of the file"
-        )

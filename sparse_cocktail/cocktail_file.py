@@ -16,13 +16,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import ops
+from . import models, ops
+from .conversion import convert
 from .files import read_tensors, write_tensors
+from .modules import MaskedBatchNorm2d, masked_layers
 from .reference import weight_view
 
-__all__ = ["MAX_LEVELS", "pack_levels", "read_cocktail", "unpack_levels", "write_cocktail"]
+__all__ = [
+    "MAX_LEVELS",
+    "check_same",
+    "fitted_model",
+    "norm_facts",
+    "pack_levels",
+    "read_cocktail",
+    "unpack_levels",
+    "write_cocktail",
+]
 
 FORMAT = 1
 _ENTRY = "sparse_cocktail"  # of the safetensors metadata
@@ -80,3 +91,45 @@ def read_cocktail(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Te
             "the version of sparse-cocktail that wrote it"
         )
     return header, tensors
+
+
+# ---- file and model ------------------------------------------------------------------------------
+
+
+def norm_facts(norm: nn.Module) -> list:
+    """[channels, name of the convolution before it or None]."""
+    return [norm.num_features, getattr(norm, "source", None)]
+
+
+def fitted_model(path, header: dict[str, Any], model: nn.Module | None) -> nn.Module:
+    """The model, built if need be, with the file's layers masked and its pairs of conv and norm.
+
+    It is built from our own factories only: a file must not name code to run.
+    """
+    if model is None:
+        factory = header["factory"]
+        if not isinstance(factory, dict) or set(factory) != {"name", "args"}:
+            raise ValueError(f"{path} names no model factory; pass model=your_model")
+        try:
+            model = models.build(**factory)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; or pass model=your_model") from error
+    if not masked_layers(model):
+        masked = {name for name, _ in header["layers"]}
+        convert(model, skip=lambda name, _: name not in masked)
+    modules = dict(model.named_modules())
+    for name, (_, source) in header["norms"]:
+        if isinstance(norm := modules.get(name), MaskedBatchNorm2d):
+            norm.source = source
+    return model
+
+
+def check_same(path, what: str, stored: list, present: dict[str, nn.Module], size) -> None:
+    """Refuse a model whose layers differ from the file's; `size(module)` is what is compared."""
+    here = [[name, size(module)] for name, module in present.items()]
+    if stored != here:
+        difference = [(a, b) for a, b in zip(stored, here, strict=False) if a != b]
+        raise ValueError(
+            f"{path} holds {len(stored)} {what}, the model has {len(here)}, and they differ (first "
+            f"difference, file against model: {difference[:1]}); pass the plain model of the file"
+        )

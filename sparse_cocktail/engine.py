@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import random
-import signal
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import __version__, models
 from . import data as data_sets
+from . import models
 from .checkpoint import restore_dataclass
 from .cocktail import Cocktail
 from .config import Config, split_fields
@@ -31,19 +27,13 @@ from .conversion import convert
 from .data import Data
 from .files import read_tensors
 from .methods import METHODS, Context, Method
+from .report import run_results
 from .run_folder import RunFolder
 from .stepping import Stepper
+from .stopping import Interrupted, StopRequest
 from .tasks import Classification, Task
 
 __all__ = ["Interrupted", "Trainer", "train"]
-
-
-class Interrupted(Exception):
-    """The run was asked to stop by signal `number`; its checkpoint is written."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 def train(
@@ -96,8 +86,7 @@ class Trainer:
         self.method: Method = METHODS[config.method]()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        self.stop_signal: int | None = None
-        self.stop_at_once = False
+        self.stop = StopRequest(f"go on with --resume --out {folder}")
         self.board = None
         self.facts = {**dataclasses.asdict(config), **dataclasses.asdict(options)}
         self.files = RunFolder(folder, self.facts, writes=self.rank == 0)
@@ -228,7 +217,7 @@ class Trainer:
             console=self.console,
             transient=True,
         )
-        with progress, self._signals():
+        with progress, self.stop.listening():
             bar = progress.add_task(f"{self.config.method}", total=total)
             done = sum(s.epochs for s in ctx.stages[: ctx.stage]) * ctx.steps_per_epoch
             progress.update(bar, completed=done + ctx.step)
@@ -236,10 +225,10 @@ class Trainer:
                 self._run_stage(
                     index, lambda text: progress.update(bar, advance=1, description=text)
                 )
-            with ctx.timed("evaluate"), self._stopping_at_once():
+            with ctx.timed("evaluate"), self.stop.at_once():
                 scores = self.method.finish(ctx)
         ctx.seconds["total"] = self._clock()
-        results = self._results(scores)
+        results = run_results(ctx, self.method, self.facts, scores)
         self.log("finished", seconds=ctx.seconds["total"])
         if self.rank == 0:
             facts = {"config": self.facts, "revision": results["environment"]["revision"]}
@@ -273,19 +262,21 @@ class Trainer:
             for inputs, targets in batches:
                 self._step(inputs, targets, stage.lr(ctx.step))
                 ctx.step += 1
+                self.stop.where = f"step {ctx.step} of stage {index}"
                 tick(f"{stage.name} ({index + 1}/{len(ctx.stages)})")
                 if ctx.step % self.config.log_every == 0:
                     self._flush_losses(stage)
-                stop = self._asked_to_stop()
+                stop = self.stop.asked(ctx.step, self.config.log_every, self.device)
                 if stop or ctx.step % self.config.checkpoint_every == 0:
                     self._flush_losses(stage)
                     self._checkpoint()
-                    self._stop_if_asked(stop)
+                if stop:
+                    self.stop.obey()
             method.after_epoch(ctx)
         self._flush_losses(stage)
         self._checkpoint()  # what follows may be long
         self._report_stage(stage)
-        with self._stopping_at_once():
+        with self.stop.at_once():
             method.after_stage(ctx)
         ctx.stage, ctx.step = index + 1, 0
         self._checkpoint()
@@ -371,94 +362,6 @@ class Trainer:
         if tree["random"]["device"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(tree["random"]["device"], self.device)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Turn SIGTERM and Ctrl-C into a checkpoint at the next step's end."""
-
-        def remember(number, _) -> None:
-            again, self.stop_signal = self.stop_signal is not None, number
-            if again or self.stop_at_once:
-                self._stop_if_asked(True)
-
-        try:
-            before = {s: signal.signal(s, remember) for s in (signal.SIGTERM, signal.SIGINT)}
-        except ValueError:  # not in the main thread: signals are the caller's
-            before = {}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    @contextmanager
-    def _stopping_at_once(self) -> Iterator[None]:
-        """Around long work that a checkpoint precedes: a signal ends it without waiting."""
-        self.stop_at_once = True
-        try:
-            self._stop_if_asked(self.stop_signal is not None)
-            yield
-        finally:
-            self.stop_at_once = False
-
-    def _asked_to_stop(self) -> bool:
-        """Whether to stop after this step; ranks agree on it, now and then."""
-        if self.world == 1:
-            return self.stop_signal is not None
-        if self.ctx.step % self.config.log_every:
-            return False
-        asked = torch.tensor(float(self.stop_signal or 0), device=self.device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        self.stop_signal = int(asked) or None
-        return self.stop_signal is not None
-
-    def _stop_if_asked(self, asked: bool) -> None:
-        if asked:
-            raise Interrupted(
-                f"stopped by {signal.Signals(self.stop_signal).name} at step {self.ctx.step} of "
-                f"stage {self.ctx.stage}; go on with --resume --out {self.folder}",
-                self.stop_signal,
-            )
-
-    # ---- results ---------------------------------------------------------------------------------
-
-    def _results(self, scores: dict[str, dict[str, float]]) -> dict[str, Any]:
-        ctx, config = self.ctx, self.config
-        rows = []
-        for row in ctx.cocktail.summary(ctx.data.test.inputs[:1]):
-            score = scores[row["name"]]
-            rows.append(
-                {
-                    "name": row["name"],
-                    "pattern": row["pattern"],
-                    "sparsity": row["sparsity"],
-                    "accuracy": score["accuracy"],
-                    "accuracy_own": score.get("accuracy_own"),
-                    "accuracy_interpolated": score.get("accuracy_interpolated"),
-                    "nnz": row["nnz"],
-                    "parameters": row["parameters"],
-                    "flops": row["flops"],
-                }
-            )
-        return {
-            "format": 1,
-            "method": config.method,
-            "data": ctx.data.name,
-            "model": config.model,
-            "seed": config.seed,
-            "config": self.facts,
-            "environment": {
-                "sparse_cocktail": __version__,
-                "revision": _revision(),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "device": str(self.device),
-                "threads": torch.get_num_threads(),
-            },
-            "seconds": {name: round(value, 3) for name, value in ctx.seconds.items()},
-            "subnets": rows,
-            "method_state": dataclasses.asdict(self.method.state),
-        }
-
 
 def _linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     if not any(isinstance(m, nn.Conv2d) for m in list(model.modules())):
@@ -467,14 +370,3 @@ def _linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
             "set mask_linear=True (--mask-linear true)"
         )
     return lambda _, module: isinstance(module, nn.Linear)
-
-
-def _revision() -> str | None:
-    """The git revision of the checkout that runs, if it is one."""
-    folder = Path(__file__).resolve().parent.parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() if (folder / "csrc").is_dir() else None
