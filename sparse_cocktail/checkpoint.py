@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from typing import Any
 
@@ -14,15 +13,14 @@ from .files import read_tensors, write_tensors
 __all__ = ["load_checkpoint", "restore_dataclass", "save_checkpoint"]
 
 FORMAT = 1
-_ENTRY = "sparse_cocktail_checkpoint"  # of the safetensors metadata
+_KIND = "checkpoint"
 
 
 def save_checkpoint(path: str | os.PathLike, tree: dict[str, Any]) -> None:
     """Write a tree of dicts, lists, dataclasses, tensors, numbers, strings and None, atomically."""
     tensors: dict[str, Tensor] = {}
     plain = _flatten(tree, "", tensors)
-    header = {"format": str(FORMAT), _ENTRY: json.dumps(plain)}
-    write_tensors(path, tensors, header)
+    write_tensors(path, tensors, {"kind": _KIND, "format": FORMAT, "tree": plain})
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
@@ -30,17 +28,17 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises FileNotFoundError, or ValueError for a damaged file, another kind or another format.
     """
-    tensors, header = read_tensors(path, signed=_ENTRY)
-    if _ENTRY not in header:
+    tensors, header = read_tensors(path)
+    if header.get("kind") != _KIND:
         raise ValueError(
             f"{path} is no checkpoint of a training run; give RUN/checkpoint.safetensors"
         )
-    if header["format"] != str(FORMAT):
+    if header["format"] != FORMAT:
         raise ValueError(
             f"{path} has checkpoint format {header['format']}, but this version reads {FORMAT}; "
             "resume with the version that wrote it"
         )
-    return _unflatten(json.loads(header[_ENTRY]), tensors)
+    return _unflatten(header["tree"], tensors)
 
 
 def restore_dataclass(target: Any, values: dict[str, Any]) -> None:

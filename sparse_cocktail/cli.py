@@ -213,8 +213,8 @@ def export(
     cocktail = _load(file, model)
     network = cocktail.export(subnet)
     if out.suffix == ".safetensors":
-        factory = json.dumps(getattr(network, "factory", None))
-        write_tensors(out, network.state_dict(), {"factory": factory, "subnet": subnet})
+        facts = {"factory": getattr(network, "factory", None), "subnet": subnet}
+        write_tensors(out, network.state_dict(), facts)
     elif out.suffix == ".pt2":
         if sample:
             if not re.fullmatch(r"\d+([x,]\d+)*", sample):

@@ -10,7 +10,6 @@ Weights are in the order of the masked layers, each in its view (out, taps, in).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-_ENTRY = "sparse_cocktail"  # of the safetensors metadata
+_KIND = "cocktail"
 MAX_LEVELS = 15  # what 4 bits hold
 
 
@@ -72,8 +71,7 @@ def write_cocktail(
     path: str | os.PathLike, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
     """Write header and tensors with the format version, atomically."""
-    header = {"format": FORMAT, **header}
-    write_tensors(path, tensors, {_ENTRY: json.dumps(header)})
+    write_tensors(path, tensors, {"kind": _KIND, "format": FORMAT, **header})
 
 
 def read_cocktail(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -81,10 +79,9 @@ def read_cocktail(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Te
 
     Raises FileNotFoundError; ValueError for a truncated, edited or foreign file or another format.
     """
-    tensors, metadata = read_tensors(path, signed=_ENTRY)
-    if _ENTRY not in metadata:
+    tensors, header = read_tensors(path)
+    if header.get("kind") != _KIND:
         raise ValueError(f"{path} is no cocktail file; it must be one that Cocktail.save wrote")
-    header = json.loads(metadata[_ENTRY])
     if header["format"] != FORMAT:
         raise ValueError(
             f"{path} has format {header['format']}, but this version reads format {FORMAT}; use "

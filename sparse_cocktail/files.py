@@ -17,7 +17,7 @@ from safetensors.torch import save as serialize
 __all__ = ["read_tensors", "write_atomic", "write_json", "write_tensors"]
 
 
-_DIGEST = "sha256"  # header entry
+_ENTRY = "sparse_cocktail"  # of the safetensors metadata
 
 
 def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
@@ -57,24 +57,24 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: dict[str, torch.Tensor], header: dict[str, str]
+    path: str | os.PathLike, tensors: dict[str, torch.Tensor], header: dict[str, Any]
 ) -> None:
-    """Write one safetensors file, atomically, with a digest over everything in it.
+    """Write one safetensors file, atomically, with a JSON header and a digest over everything.
 
-    Tensors are stored contiguous, from the CPU.
+    Tensors are stored contiguous, from the CPU. Equal content gives equal bytes.
     """
     stored = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    data = serialize(stored, metadata={**header, _DIGEST: _digest(stored, header)})
+    header = json.loads(json.dumps(header))  # as it will be read back
+    # one entry: the order of several would be random
+    entry = json.dumps({"header": header, "sha256": _digest(stored, header)})
+    data = serialize(stored, metadata={_ENTRY: entry})
     write_atomic(path, lambda file: file.write(data))
 
 
-def read_tensors(
-    path: str | os.PathLike, signed: str | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read all tensors and the header of one safetensors file, on the CPU.
 
-    A digest, where the file has one, is checked. `signed` names a header entry of our own files: a
-    file that has the entry must have a digest too.
+    The digest of our own files is checked; a foreign file's header is its safetensors metadata.
 
     Raises FileNotFoundError, or ValueError for a file that is truncated, edited or of another kind.
     """
@@ -84,15 +84,20 @@ def read_tensors(
     try:
         tensors = deserialize(data)
         length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     except SafetensorError as error:
         raise ValueError(
             f"{path} is no whole safetensors file ({error}); it was truncated or is of another "
             "kind: take a complete copy"
         ) from error
-    expected = header.pop(_DIGEST, None)
-    required = expected is not None or signed in header
-    if required and expected != _digest(tensors, header):
+    if _ENTRY not in metadata:
+        return tensors, metadata
+    try:
+        entry = json.loads(metadata[_ENTRY])
+        header, expected = entry["header"], entry["sha256"]
+    except (ValueError, KeyError, TypeError):
+        header, expected = {}, None
+    if expected != _digest(tensors, header):
         raise ValueError(
             f"{path} was edited or damaged after it was saved (its digest does not match); take "
             "the original copy"
@@ -100,7 +105,7 @@ def read_tensors(
     return tensors, header
 
 
-def _digest(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> str:
+def _digest(tensors: dict[str, torch.Tensor], header: dict[str, Any]) -> str:
     """SHA-256 over the header and every tensor."""
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -237,7 +237,7 @@ def chain(cocktail, count, nested):
 def stored(path):
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return tensors, json.loads(file.metadata()["sparse_cocktail"])
+        return tensors, json.loads(file.metadata()["sparse_cocktail"])["header"]
 
 
 @pytest.mark.parametrize(
@@ -305,11 +305,11 @@ def rewrite(path, signed=False, **changes):
     """Save the file again with a changed header, whose digest is right when `signed`."""
     tensors, header = stored(path)
     header.update(changes)
-    (write_tensors if signed else unsigned)(path, tensors, {"sparse_cocktail": json.dumps(header)})
-
-
-def unsigned(path, tensors, header):
-    save_file(tensors, path, header)
+    if signed:
+        write_tensors(path, tensors, header)
+    else:
+        entry = json.dumps({"header": header, "sha256": "of the file before"})
+        save_file(tensors, path, {"sparse_cocktail": entry})
 
 
 def flip(path, position):

@@ -308,3 +308,10 @@ def test_a_hundred_damaged_files_are_a_hundred_clear_errors(whole_files, tmp_pat
             continue
         with pytest.raises(ValueError, match=r"no whole safetensors file|edited or damaged|is no "):
             load(path)
+
+
+def test_equal_cocktails_are_equal_bytes(cocktail, tmp_path):
+    files = [tmp_path / str(i) for i in range(5)]
+    for path in files:
+        cocktail.save(path, {"note": 1})
+    assert len({path.read_bytes() for path in files}) == 1
