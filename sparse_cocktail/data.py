@@ -186,8 +186,8 @@ def digits() -> Data:
 
     A stratified quarter is the test set; the last 5 % of the rest is the hold-out. Inputs are
     (n, 1, 8, 8) float32, standardised by the training part. Half of the images of an epoch are
-    shifted by up to one pixel (10-fold on the training part: 98.6 % against 97.6 % when all are
-    and 97.7 % when none is).
+    shifted by up to one pixel (dense resnet8, 10-fold on the training part, 2 seeds: 98.6 % against
+    97.6 % when all are shifted; none: 97.7 % over five of the folds).
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
