@@ -170,7 +170,7 @@ class Cocktail:
     def _set_masks(self, subnet: Subnet) -> None:
         masked = subnet.row is not None
         layers = list(self.layers.values())
-        for layer in self.layers.values():
+        for layer in layers:
             layer.masked = masked
         for norm, _ in self._silenced:
             norm.masked = masked

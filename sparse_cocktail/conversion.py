@@ -121,7 +121,11 @@ def _reasons_to_leave(model, names, skip, first: str | None) -> dict[str, str]:
                 f"convert: skip names {useless}, but no linear or convolution layer is called "
                 f"so or lies inside; the model's layers are {layers}"
             )
-        skip = lambda name, _: any(name == w or name.startswith(w + ".") for w in wanted)  # noqa: E731
+        inside = tuple(f"{w}." for w in wanted)
+
+        def skip(name, _):
+            return f"{name}.".startswith(inside)
+
     owners: dict[int, list[str]] = {}
     for name, module in names.items():
         if not isinstance(module, (nn.Linear, nn.Conv2d)):

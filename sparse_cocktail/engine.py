@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import data as data_sets
@@ -81,11 +81,12 @@ class Trainer:
     def __init__(
         self, config: Config, options: Any, folder: Path, console: Console, task: Task | None = None
     ) -> None:
-        self.config, self.options, self.folder, self.console = config, options, folder, console
+        self.config, self.options, self.folder = config, options, folder
         self.task = task or Classification(config.label_smoothing)
         self.method: Method = METHODS[config.method]()
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.console = console if self.rank == 0 else Console(quiet=True)
         self.stop = StopRequest(f"go on with --resume --out {folder}")
         self.board = None
         self.facts = {**dataclasses.asdict(config), **dataclasses.asdict(options)}
@@ -148,12 +149,14 @@ class Trainer:
         )
         self.stepper = Stepper(self.ctx, self.method)
         self.ctx.stages = self.method.plan(self.ctx)
-        self.board = self._tensorboard()
+        writer = self._tensorboard_writer()
         if self.world > 1:
             dist.barrier()  # every rank has checked the folder before rank 0 changes it
         self._describe()
         if (checkpoint := self.files.claim(resume)) is not None:
             self._restore(checkpoint)
+        if writer is not None and self.rank == 0:
+            self.board = writer(str(self.folder / "tensorboard"))
 
     def _load_initial(self, model: nn.Module) -> None:
         tensors, _ = read_tensors(self.config.init)
@@ -174,7 +177,7 @@ class Trainer:
         )
         self.log("conversion", masked=list(self.ctx.cocktail.layers), left=report.left)
 
-    def _tensorboard(self):
+    def _tensorboard_writer(self) -> type | None:
         if not self.config.tensorboard:
             return None
         try:
@@ -183,7 +186,7 @@ class Trainer:
             raise ValueError(
                 "tensorboard=true needs the extra [log]: pip install 'sparse-cocktail[log]'"
             ) from error
-        return SummaryWriter(str(self.folder / "tensorboard"))
+        return SummaryWriter
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         config, model = self.config, self.ctx.model
@@ -260,7 +263,7 @@ class Trainer:
                 self.world,
             )
             for inputs, targets in batches:
-                self._step(inputs, targets, stage.lr(ctx.step))
+                self.stepper.step(inputs, targets, stage.lr(ctx.step))
                 ctx.step += 1
                 self.stop.where = f"step {ctx.step} of stage {index}"
                 tick(f"{stage.name} ({index + 1}/{len(ctx.stages)})")
@@ -289,9 +292,6 @@ class Trainer:
         self.log("stage", name=stage.name, holdout=scores)
         shown = ", ".join(f"{name} {score:.1f}" for name, score in scores.items())
         self.console.print(f"[bold]{stage.name}[/bold]: hold-out {shown}")
-
-    def _step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
-        self.stepper.step(inputs, targets, lr)
 
     # ---- logs, checkpoints, signals --------------------------------------------------------------
 
@@ -329,14 +329,15 @@ class Trainer:
 
     def _checkpoint(self) -> None:
         ctx = self.ctx
-        ctx.check_finite()
+        weights = ctx.weights()
+        ctx.check_finite(weights)
         ctx.seconds["total"] = self._clock()
         on_gpu = self.device.type == "cuda"
         tree = {
             "stage": ctx.stage,
             "step": ctx.step,
             "seconds": ctx.seconds,
-            "model": ctx.weights(),
+            "model": weights,
             "cocktail": ctx.cocktail.state(),
             "optimizer": ctx.optimizer.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),

@@ -13,7 +13,7 @@ Nothing here checks its input: `ops` does, once for all backends.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -226,10 +226,13 @@ def unified_masks(
     beta: float,
     within: Sequence[Tensor] | None,
     nm_bits: Sequence[Tensor] | None,
+    select: Callable = topk_masks,
+    select_nm: Callable = nm_mask,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    unstructured = topk_masks(weights, [keep], within)
+    # a backend with faster selections passes its own; the bits are the same
+    unstructured = select(weights, [keep], within)
     if nm is not None:
-        nm_bits = [nm_mask(w, *nm) if w.shape[1] % nm[1] == 0 else ones(w) for w in weights]
+        nm_bits = [select_nm(w, *nm) if w.shape[1] % nm[1] == 0 else ones(w) for w in weights]
     elif nm_bits is None:
         nm_bits = [ones(w) for w in weights]
     else:

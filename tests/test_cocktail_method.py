@@ -13,6 +13,7 @@ from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import Pass
 from sparse_cocktail.schedules import keep_count
+from sparse_cocktail.stepping import Stepper
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_consolidation_steps_draw_two_subnets_taught_by_the_pivot(tmp_path):
 
 def test_rewinding_restores_weights_and_statistics(tmp_path, monkeypatch):
     seen = {}
-    original = Trainer._step
+    original = Stepper.step
 
     def look(self, *args):
         ctx = self.ctx
@@ -173,7 +174,7 @@ def test_rewinding_restores_weights_and_statistics(tmp_path, monkeypatch):
             seen["snapshot"] = {k: v.clone() for k, v in ctx.model.state_dict().items()}
         original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_step", look)
+    monkeypatch.setattr(Stepper, "step", look)
     run(tmp_path, epochs=2, stages=1)
     assert seen["momentum"] == 0
     assert all(torch.equal(seen["model"][k], v) for k, v in seen["snapshot"].items())

@@ -18,6 +18,7 @@ from sparse_cocktail.data import Data, Split
 from sparse_cocktail.engine import Interrupted, Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS, Method, Pass, Stage
+from sparse_cocktail.stepping import Stepper
 
 MODEL = {"model_args": {"width": 4, "classes": 3}}
 SHORT = {"epochs": 1, "stages": 2, "threads": 1, "recalibrate_samples": 64, "search_samples": 0}
@@ -189,15 +190,15 @@ class Stop(Exception):
 
 def crash_before(monkeypatch, stage: int, step: int):
     """Make the engine raise Stop before one step; returns what undoes it."""
-    original = Trainer._step
+    original = Stepper.step
 
     def crash(self, *args):
         if (self.ctx.stage, self.ctx.step) == (stage, step):
             raise Stop
         original(self, *args)
 
-    monkeypatch.setattr(Trainer, "_step", crash)
-    return lambda: monkeypatch.setattr(Trainer, "_step", original)
+    monkeypatch.setattr(Stepper, "step", crash)
+    return lambda: monkeypatch.setattr(Stepper, "step", original)
 
 
 # 224 samples make 3 steps an epoch: stages of 6 steps here, checkpoints inside and at epoch ends
@@ -223,14 +224,14 @@ KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_engine import Trainer, run
+from test_engine import Stepper, run
 
-step = Trainer._step
+step = Stepper.step
 def hang(self, *args):
     if (self.ctx.stage, self.ctx.step) == (1, 4):
         time.sleep(600)
     step(self, *args)
-Trainer._step = hang
+Stepper.step = hang
 run(Path(sys.argv[2]), checkpoint_every=1, epochs=2)
 """
 
@@ -263,18 +264,18 @@ def position(folder: Path) -> tuple[int, int] | None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_write_a_checkpoint(tmp_path, monkeypatch, number):
-    original = Trainer._step
+    original = Stepper.step
 
     def interrupt(self, *args):
         original(self, *args)
         if (self.ctx.stage, self.ctx.step) == (1, 1):
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(Trainer, "_step", interrupt)
+    monkeypatch.setattr(Stepper, "step", interrupt)
     with pytest.raises(Interrupted, match=rf"{number.name} at step 2 of stage 1.*--resume"):
         run(tmp_path)
     assert position(tmp_path) == (1, 2)
-    monkeypatch.setattr(Trainer, "_step", original)
+    monkeypatch.setattr(Stepper, "step", original)
     assert len(run(tmp_path, resume=True)["subnets"]) == 6
 
 
@@ -307,19 +308,19 @@ def test_same_seed_same_run_and_other_seed_another(tmp_path):
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    original = Trainer._step
+    original = Stepper.step
 
     def poison(self, inputs, targets, lr):
         bad = (self.ctx.stage, self.ctx.step) == (1, 2)
         original(self, inputs * float("nan") if bad else inputs, targets, lr)
 
-    monkeypatch.setattr(Trainer, "_step", poison)
+    monkeypatch.setattr(Stepper, "step", poison)
     with pytest.raises(FloatingPointError, match=r"loss of dense is nan at step 2 of stage 1.*lr"):
         run(tmp_path, checkpoint_every=2)
     tree = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert (tree["stage"], tree["step"]) == (1, 2)  # the two steps before the bad one
     assert all(t.isfinite().all() for t in tree["model"].values())
-    monkeypatch.setattr(Trainer, "_step", original)
+    monkeypatch.setattr(Stepper, "step", original)
     assert len(run(tmp_path, checkpoint_every=2, resume=True)["subnets"]) == 6
 
 

@@ -12,8 +12,9 @@ from torch import nn
 from sparse_cocktail import Cocktail, convert, ops
 from sparse_cocktail.checkpoint import load_checkpoint
 from sparse_cocktail.data import Data, Split
-from sparse_cocktail.engine import Trainer, train
+from sparse_cocktail.engine import train
 from sparse_cocktail.methods import METHODS, Pass
+from sparse_cocktail.stepping import Stepper
 
 CHANNEL = "channel-0.5000"
 
@@ -153,28 +154,28 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, monkeypatc
 
 
 def test_the_last_good_checkpoint_is_finite(tmp_path, monkeypatch):
-    original = Trainer._step
+    original = Stepper.step
 
     def explode(self, inputs, targets, lr):
         original(self, inputs, targets, float("inf") if self.ctx.step == 3 else lr)
 
-    monkeypatch.setattr(Trainer, "_step", explode)
+    monkeypatch.setattr(Stepper, "step", explode)
     with pytest.raises(FloatingPointError, match=r"is not finite at step 4 of stage 0.*lower lr"):
         run(tmp_path, epochs=2, checkpoint_every=2)
     tree = load_checkpoint(tmp_path / "checkpoint.safetensors")
     assert tree["step"] == 2 and all(t.isfinite().all() for t in tree["model"].values())
-    monkeypatch.setattr(Trainer, "_step", original)
+    monkeypatch.setattr(Stepper, "step", original)
     assert len(run(tmp_path, epochs=2, checkpoint_every=2, resume=True)["subnets"]) == 6
 
 
 def test_weights_that_explode_in_the_last_step_are_not_a_result(tmp_path, monkeypatch):
-    original = Trainer._step
+    original = Stepper.step
 
     def explode(self, inputs, targets, lr):
         last = (self.ctx.stage, self.ctx.step) == (3, 2)
         original(self, inputs, targets, float("inf") if last else lr)
 
-    monkeypatch.setattr(Trainer, "_step", explode)
+    monkeypatch.setattr(Stepper, "step", explode)
     with pytest.raises(FloatingPointError, match="not finite"):
         run(tmp_path)
     assert not (tmp_path / "results.json").exists()

@@ -119,9 +119,9 @@ class Context:
             state = self.model.state_dict()
             return {k: v.detach() if k in parameters else v.clone() for k, v in state.items()}
 
-    def check_finite(self) -> None:
+    def check_finite(self, weights: dict[str, Tensor]) -> None:
         """Raise FloatingPointError when a weight or statistic is NaN or infinite."""
-        for name, tensor in self.weights().items():
+        for name, tensor in weights.items():
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise FloatingPointError(
                     f"{name} is not finite at step {self.step} of stage {self.stage}; the files of "
@@ -131,8 +131,8 @@ class Context:
 
     def save_weights(self, name: str) -> None:
         """Write the present weights to a file of the run's folder (rank 0; the others wait)."""
-        self.check_finite()
         weights = self.weights()
+        self.check_finite(weights)
         if not dist.is_initialized() or dist.get_rank() == 0:
             write_tensors(self.folder / name, weights, {})
         if dist.is_initialized():

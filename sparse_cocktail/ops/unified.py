@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,26 +109,11 @@ def channel_masks(
     return _channels(list(scores), list(keep), taps, [shape[1] for shape in shapes])
 
 
-def _unified_reference(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
-    nm = tuple(nm) if nm else None
-    lists = reference.unified_masks(weights, keep, nm, channel_keep, beta, within, nm_bits)
+def _unified_flat(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None, **selections):
+    lists = reference.unified_masks(
+        weights, keep, tuple(nm) or None, channel_keep, beta, within, nm_bits, **selections
+    )
     return [bits for masks in lists for bits in masks]
-
-
-def _unified_composed(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
-    """The same from the ops above, each in its best backend."""
-    unstructured = topk_masks(weights, keep, within)
-    if nm:
-        nm_bits = [
-            nm_mask(w, *nm) if w.shape[1] % nm[1] == 0 else reference.ones(w) for w in weights
-        ]
-    elif nm_bits is None:
-        nm_bits = [reference.ones(w) for w in weights]
-    else:
-        nm_bits = [bits.clone() for bits in nm_bits]
-    scores = reference.channel_scores(weights, unstructured, nm_bits, beta)
-    channel = reference.channel_masks(scores, channel_keep, [w.shape for w in weights])
-    return [*unstructured, *nm_bits, *channel]
 
 
 def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None) -> None:
@@ -158,8 +144,8 @@ def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=N
 _unified = define(
     "unified_masks(Tensor[] weights, int keep, int[] nm, int[] channel_keep, float beta, "
     "Tensor[]? within=None, Tensor[]? nm_bits=None) -> Tensor[]",
-    reference=_unified_reference,
-    cpp=_unified_composed,
+    reference=_unified_flat,
+    cpp=partial(_unified_flat, select=topk_masks, select_nm=nm_mask),
     fake=lambda weights, *_: [new_bits(w) for _ in range(3) for w in weights],
     check=_check_unified,
 )
