@@ -1,0 +1,149 @@
+"""Recipe fields of the engine do what they say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import MODEL, SHORT, run, toy
+
+from sparse_cocktail import models
+from sparse_cocktail.checkpoint import load_checkpoint
+from sparse_cocktail.engine import Trainer
+from sparse_cocktail.files import read_tensors, write_tensors
+from sparse_cocktail.stepping import Stepper
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Learning rates and gradient norms of all steps, as the optimizer saw them."""
+    seen = []
+    original = torch.optim.SGD.step
+
+    def look(self, *args, **kwargs):
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        norm = torch.stack([g.norm() for g in grads]).norm()
+        seen.append((self.param_groups[0]["lr"], float(norm), self.param_groups))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", look)
+    return seen
+
+
+def test_warmup_rises_linearly(tmp_path, rates):
+    run(tmp_path / "plain", epochs=2)
+    plain = [lr for lr, *_ in rates]
+    rates.clear()
+    run(tmp_path / "warm", epochs=2, warmup=1)
+    warm = [lr for lr, *_ in rates]
+    assert warm[:3] == pytest.approx([plain[0] / 3, plain[1] * 2 / 3, plain[2]])
+    assert warm[3:6] == plain[3:6]
+
+
+def test_gradients_are_clipped(tmp_path, rates):
+    run(tmp_path, clip_norm=0.05)
+    assert max(norm for _, norm, _ in rates) <= 0.05 * 1.001
+
+
+def test_norm_and_bias_without_weight_decay(tmp_path, rates):
+    run(tmp_path, decay_norm_bias=False, weight_decay=0.01)
+    decayed, plain = rates[0][2]
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
+    assert {p.dim() for p in decayed["params"]} == {2, 4}
+    assert {p.dim() for p in plain["params"]} == {1}
+
+
+def test_nesterov_reaches_the_optimizer(tmp_path, rates):
+    run(tmp_path, nesterov=True)
+    assert all(group["nesterov"] for group in rates[0][2])
+
+
+def test_fp16_scales_its_loss_and_trains(tmp_path):
+    results = run(tmp_path, precision="fp16", epochs=3)
+    assert load_checkpoint(tmp_path / "checkpoint.safetensors")["scaler"]["scale"] > 1
+    assert results["subnets"][0]["accuracy"] > 90
+
+
+def test_init_is_where_training_starts(tmp_path, monkeypatch):
+    state = models.build("resnet8", MODEL["model_args"]).state_dict()
+    write_tensors(tmp_path / "start.safetensors", state, {})
+    seen = {}
+    original = Stepper.step
+
+    def look(self, *args):
+        if not seen:
+            seen.update({k: v.clone() for k, v in self.ctx.model.state_dict().items()})
+        original(self, *args)
+
+    monkeypatch.setattr(Stepper, "step", look)
+    run(tmp_path / "run", init=str(tmp_path / "start.safetensors"))
+    assert all(torch.equal(seen[name], value) for name, value in state.items())
+
+
+def test_init_that_does_not_fit(tmp_path):
+    write_tensors(tmp_path / "other.safetensors", {"w": torch.ones(2)}, {})
+    with pytest.raises(ValueError, match=r"init='.*other.safetensors' does not fit"):
+        run(tmp_path / "run", init=str(tmp_path / "other.safetensors"))
+
+
+def test_tensorboard_writes_events(tmp_path):
+    pytest.importorskip("tensorboard", reason="the extra [log] is not installed")
+    run(tmp_path, tensorboard=True)
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    assert events.stat().st_size > 500
+
+
+def test_label_smoothing_changes_the_training(tmp_path):
+    for name, amount in (("sharp", 0.0), ("smooth", 0.2)):
+        run(tmp_path / name, label_smoothing=amount)
+    sharp, smooth = (
+        read_tensors(tmp_path / n / "cocktail.safetensors")[0]["model.fc.weight"]
+        for n in ("sharp", "smooth")
+    )
+    assert not torch.equal(sharp, smooth)
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_engine import Stepper, run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+step = Stepper.step
+def fill(self, *args):
+    if self.ctx.stage == 0 and self.ctx.step == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    step(self, *args)
+Stepper.step = fill
+run(Path(sys.argv[2]), checkpoint_every=2, epochs=2, log_every=100)
+"""
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", FULL_DISK, here, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "checkpoint.safetensors was not written" in done.stderr
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.safetensors")["step"] == 2
+    assert not list((tmp_path / "run").glob(".*partial"))
+    resumed = run(tmp_path / "run", checkpoint_every=2, epochs=2, log_every=100, resume=True)
+    assert len(resumed["subnets"]) == 6
+
+
+def test_a_silent_channel_keeps_its_convolution_bias(tmp_path):
+    from sparse_cocktail.config import split_fields
+    from sparse_cocktail.engine import Console
+
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), torch.nn.Conv2d(4, 8, 3), torch.nn.Flatten()
+    ).append(torch.nn.Linear(128, 3))
+    fields = {**SHORT, "weight_decay": 0.1}
+    trainer = Trainer(*split_fields(fields), tmp_path, Console(quiet=True))
+    trainer.prepare(net, toy())
+    cocktail = trainer.ctx.cocktail
+    cocktail.add("channel-0.5")
+    masks = {id(p): mask for p, mask in cocktail.kept_parameters(["channel-0.5"])}
+    assert masks[id(net[1].bias)].sum() == 4 and masks[id(net[1].weight)].sum() == 4 * 36
+    assert id(net[3].weight) not in masks and id(net[0].bias) not in masks
