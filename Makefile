@@ -12,14 +12,18 @@ VENV := .venv
 EXTENSION := sparse_cocktail/_C.abi3.so
 SOURCES := $(wildcard csrc/*/*)
 TORCH := torch==2.13.0
-TOOLS := pytest pytest-benchmark hypothesis ruff
+TOOLS := pytest pytest-benchmark hypothesis ruff scikit-image transformers accelerate \
+	pytorch-lightning
+BESIDE_TORCH := torchvision timm
 
 ifeq ($(SYSTEM_TORCH),1)
 PY := $(PYTHON)
 SET_UP :=
+TESTERS :=
 else
 PY := $(VENV)/bin/python
 SET_UP := $(VENV)/.set-up
+TESTERS := $(VENV)/.testers
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -33,10 +37,10 @@ help:  ## list the targets (the default)
 demo: $(EXTENSION)  ## co-train on digits; DEMO_ARGS="--epochs 1 --stages 2" OUT=folder
 	$(PY) -m sparse_cocktail.cli train --recipe digits --out "$(OUT)" --overwrite $(DEMO_ARGS)
 
-test: $(EXTENSION)  ## run the test suite; TEST_ARGS="-k masks"
+test: $(EXTENSION) $(TESTERS)  ## run the test suite; TEST_ARGS="-k masks"
 	$(PY) -m pytest $(TEST_ARGS)
 
-lint: $(SET_UP)  ## check style and format
+lint: $(TESTERS)  ## check style and format
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
@@ -52,7 +56,14 @@ $(VENV)/.set-up: pyproject.toml constraints.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
 	$(PIP) setuptools wheel ninja
-	SPARSE_COCKTAIL_NO_EXT=1 $(PIP) --no-build-isolation -e . $(TOOLS)
+	SPARSE_COCKTAIL_NO_EXT=1 $(PIP) --no-build-isolation -e .
+	@touch $@
+
+# torchvision asks for the one torch that it was built with, and timm asks for torchvision:
+# --no-deps keeps pip from replacing torch. What else they need is there by then.
+$(VENV)/.testers: $(VENV)/.set-up
+	$(PIP) $(TOOLS)
+	$(PIP) --no-deps $(BESIDE_TORCH)
 	@touch $@
 
 $(EXTENSION): $(SOURCES) setup.py | $(SET_UP)

@@ -39,6 +39,7 @@ def greedy_interpolation(
     pool: Iterable[tuple[int, State]],
     score: Callable[[State, int], float],
     alphas: Sequence[float] = ALPHAS,
+    abandon: bool = True,
 ) -> tuple[State, list[Choice]]:
     """Fold a pool of weight sets into one, a member at a time (Sparse Cocktail, section 3.6).
 
@@ -49,6 +50,7 @@ def greedy_interpolation(
         pool: (stage, weights), in order.
         score: score(weights, stage) on hold-out data, higher is better.
         alphas: candidate shares of the current weights.
+        abandon: whether keeping the current weights (alpha = 1) is a candidate.
 
     Returns:
         The weights, and one Choice per member after the first.
@@ -59,7 +61,7 @@ def greedy_interpolation(
         raise ValueError("greedy_interpolation: pool is empty; give at least one weight set")
     choices = []
     for stage, state in members:
-        scores = {1.0: score(best, stage)}
+        scores = {1.0: score(best, stage)} if abandon else {}
         for alpha in alphas:
             if alpha != 1.0:
                 scores[alpha] = score(interpolate(best, state, alpha), stage)

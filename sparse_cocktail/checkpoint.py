@@ -12,7 +12,7 @@ from .files import read_tensors, write_tensors
 
 __all__ = ["load_checkpoint", "restore_dataclass", "save_checkpoint"]
 
-FORMAT = 1
+FORMAT = 2
 _KIND = "checkpoint"
 
 

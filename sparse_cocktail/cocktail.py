@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,9 +25,11 @@ from .cocktail_file import (
     unpack_levels,
     write_cocktail,
 )
-from .modules import MaskedBatchNorm2d, masked_layers, output_positions
+from .costs import Costs
+from .modules import masked_layers
 from .ops.dispatch import check_padding
 from .patterns import Dense, Pattern, Unstructured, parse
+from .pruning import followers, output_layers, to_dense
 from .recalibrate import norm_layers, recalibrate
 from .selection import magnitude_masks
 
@@ -53,7 +54,7 @@ class Subnet:
     live: list[Tensor] | None = field(default=None, repr=False)
 
 
-class Cocktail:
+class Cocktail(Costs):
     """A model whose weights are shared by a dense network and any number of sparse subnets.
 
     Args:
@@ -84,20 +85,15 @@ class Cocktail:
         self.subnets: dict[str, Subnet] = {"dense": Subnet("dense", Dense())}
         self.active = "dense"
         self.extra: dict[str, Any] = {}  # facts from the header of a loaded file
-        index = {name: i for i, name in enumerate(self.layers)}
-        self._silenced = [
-            (norm, index[norm.source])
-            for norm in model.modules()
-            if isinstance(norm, MaskedBatchNorm2d) and norm.source in index
-        ]
+        self._silenced = followers(model, self.layers)
         self._shared: list[Tensor] | None = None  # set aside while a subnet's own are in the model
+        self._latencies: dict[tuple, float] = {}  # of `latency`
         self._set_masks(self.subnets["dense"])
 
     @property
     def outputs(self) -> frozenset[int]:
         """Index of the last linear layer: its channels are the model's outputs, and all stay."""
-        linear = [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear)]
-        return frozenset(i for i, name in enumerate(self.layers) if linear and name == linear[-1])
+        return output_layers(self.model, self.layers)
 
     # ---- the menu --------------------------------------------------------------------------------
 
@@ -142,13 +138,38 @@ class Cocktail:
         self.subnets[name] = subnet
         return subnet
 
-    def _subnet(self, name: str) -> Subnet:
+    def subnet(self, name: str) -> Subnet:
+        """The subnet of a name, canonical or not; KeyError for an unknown one."""
         if name not in self.subnets:
             with suppress(ValueError):
                 name = str(parse(name))  # "channel-0.5" is channel-0.5000
         if name not in self.subnets:
             raise KeyError(f"Cocktail: subnet {name!r} is unknown; there are {list(self.subnets)}")
         return self.subnets[name]
+
+    def pick(
+        self,
+        max_flops: float | None = None,
+        max_bytes: float | None = None,
+        max_ms: float | None = None,
+        example_input: Tensor | None = None,
+    ) -> Subnet:
+        """The most accurate subnet that satisfies every limit given.
+
+        Of equal accuracies the one with fewer flops, then bytes. Subnets without a recorded
+        accuracy come after those with one; among them, the one that keeps most weights.
+
+        Args:
+            max_flops, max_bytes: as in `summary`.
+            max_ms: milliseconds, as `latency` measures them.
+            example_input: a batch of inputs on the model's device; flops and ms need it.
+
+        Raises:
+            ValueError: without any limit, without a needed `example_input`, or when no subnet fits
+                (with the smallest values there are). TypeError: for a limit that is no number.
+        """
+        limits = {"flops": max_flops, "bytes": max_bytes, "ms": max_ms}
+        return self.subnets[self._best(limits, example_input)]
 
     def activate(self, name: str) -> None:
         """Make the model compute as this subnet: masks, silent channels, BatchNorm statistics.
@@ -157,7 +178,7 @@ class Cocktail:
         pass must end before the next call. A subnet without statistics of its own uses those that
         the model holds for all such subnets together, as in training.
         """
-        subnet = self._subnet(name)
+        subnet = self.subnet(name)
         self._set_masks(subnet)
         if subnet.statistics is not None:
             if self._shared is None:
@@ -198,7 +219,7 @@ class Cocktail:
 
         Masked weights; biases and BatchNorm scales and shifts where channels are silent.
         """
-        subnets = [self._subnet(name) for name in names]
+        subnets = [self.subnet(name) for name in names]
         pairs, alive = [], []
         for index, layer in enumerate(self.layers.values()):
             bits = self.bank.views(subnets[0].row)[index]
@@ -227,7 +248,7 @@ class Cocktail:
             self.activate(name)
             recalibrate(self.model, batches)
             own = [t.clone() for t in self.statistics()]
-        subnet = self._subnet(name)
+        subnet = self.subnet(name)
         subnet.statistics = own
         if self.active == subnet.name:
             self.activate(name)
@@ -240,56 +261,9 @@ class Cocktail:
         try:
             yield
         finally:
-            self._set_masks(self._subnet(active))
+            self._set_masks(self.subnet(active))
             _copy(buffers, before)  # `live` among them, which _set_masks wrote as it was
             self._shared = shared
-
-    # ---- figures ---------------------------------------------------------------------------------
-
-    def summary(self, example_input: Tensor | None = None) -> list[dict[str, Any]]:
-        """One row per subnet: name, pattern, sparsity, nnz, parameters, flops, accuracy.
-
-        `sparsity` is the share of the masked layers' weights that is zero, `nnz` the number that is
-        not, `parameters` the nonzero parameters of the whole network, `flops` the multiply-adds per
-        sample that remain (kept weights times output positions; None without `example_input`).
-        """
-        total = sum(p.numel() for p in self.model.parameters())
-        positions = None
-        if example_input is not None:
-            with self.using("dense"):
-                positions = output_positions(self.model, example_input)
-        rows = []
-        for subnet in self.subnets.values():
-            kept = self._kept(subnet)
-            nnz = sum(kept.values())
-            rows.append(
-                {
-                    "name": subnet.name,
-                    "pattern": subnet.pattern.kind,
-                    "sparsity": 1.0 - nnz / self.bank.numel,
-                    "nnz": nnz,
-                    "parameters": total - self._pruned(subnet),
-                    "flops": None if positions is None else self._flops(positions, kept),
-                    "accuracy": subnet.accuracy,
-                }
-            )
-        return rows
-
-    def _kept(self, subnet: Subnet) -> dict[str, int]:
-        if subnet.row is None:
-            return {name: layer.weight.numel() for name, layer in self.layers.items()}
-        views = self.bank.views(subnet.row)
-        return {n: int(ops.mask_count(v)) for n, v in zip(self.layers, views, strict=True)}
-
-    def _pruned(self, subnet: Subnet) -> int:
-        """Parameters that are zero: pruned weights, biases and BatchNorm of silent channels."""
-        if subnet.row is None:
-            return 0
-        return sum(int((~mask).sum()) for _, mask in self.kept_parameters([subnet.name]))
-
-    def _flops(self, positions: dict[str, int], kept: dict[str, int]) -> int:
-        weights = {name: self.model.get_submodule(name).weight.numel() for name in positions}
-        return sum(kept.get(name, weights[name]) * count for name, count in positions.items())
 
     # ---- export ----------------------------------------------------------------------------------
 
@@ -297,29 +271,14 @@ class Cocktail:
         """A copy of the model in plain torch.nn layers, in eval mode, with the mask baked in."""
         with self.preserved_statistics():
             self.activate(name)
-            model = copy.deepcopy(self.model).eval()
-        for child, module in list(model.named_modules()):
-            if hasattr(module, "to_dense") and child:
-                parent, _, leaf = child.rpartition(".")
-                setattr(model.get_submodule(parent), leaf, module.to_dense())
-        if hasattr(model, "conversion"):
-            del model.conversion
-        return model.to_dense() if hasattr(model, "to_dense") else model
+            return to_dense(self.model).eval()
 
     # ---- state, for checkpoints ------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Masks and subnets (not the model's weights) as a tree of tensors and plain values."""
-        subnets = [
-            {
-                "name": s.name,
-                "row": s.row,
-                "stage": s.stage,
-                "accuracy": s.accuracy,
-                "statistics": s.statistics,
-            }
-            for s in self.subnets.values()
-        ]
+        fields = ("name", "row", "stage", "accuracy", "statistics")
+        subnets = [{name: getattr(s, name) for name in fields} for s in self.subnets.values()]
         rows = [self.bank.flat(i) for i in range(len(self.bank))]
         return {"subnets": subnets, "rows": rows, "shared": self._shared}
 
@@ -403,8 +362,7 @@ class Cocktail:
             path, "layers", header["layers"], cocktail.layers, lambda m: list(m.weight.shape)
         )
         check_same(path, "norms", header["norms"], cocktail.norms, norm_facts)
-        prefix = "model."
-        state = {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+        state = {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -413,15 +371,12 @@ class Cocktail:
             ) from error
         levels = {}
         if header["nested"]:
-            weights = cocktail.bank.weights
-            masks = unpack_levels(tensors["levels"], weights, len(header["nested"]))
+            masks = unpack_levels(tensors["levels"], cocktail.bank.weights, len(header["nested"]))
             levels = dict(zip(header["nested"], masks, strict=True))
         for entry in header["subnets"]:
             name = entry["name"]
             if name != "dense":
-                masks = levels.get(name)
-                if masks is None:
-                    masks = cocktail._split(tensors[f"bits.{name}"])
+                masks = levels.get(name) or cocktail._split(tensors[f"bits.{name}"])
                 cocktail.add(name, masks, entry["stage"])
             subnet = cocktail.subnets[name]
             subnet.stage, subnet.accuracy = entry["stage"], entry["accuracy"]

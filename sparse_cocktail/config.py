@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import typing
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,59 +14,63 @@ from typing import Any
 import yaml
 
 from .methods import METHODS
+from .methods.base import option
 
-__all__ = ["Config", "read_recipe", "recipe_names", "split_fields"]
-
-
-def _help(default: Any, text: str) -> Any:
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+__all__ = ["Config", "apply_preset", "read_recipe", "recipe_names", "split_fields"]
 
 
 @dataclass
 class Config:
     """Recipe fields of the engine."""
 
-    data: str = _help(
+    data: str = option(
         "digits",
-        "digits, cifar10, cifar100, synthetic or package.module:function; NAME@I/K: fold I of K",
+        "digits, patches, cifar10, cifar100, imagenet (train/CLASS and val/CLASS; imagenet-64: "
+        "crops of 64), synthetic or package.module:function; NAME@I/K: fold I of K",
     )
-    data_dir: str = _help("", "folder with the files of the data set")
-    model: str = _help(
+    data_dir: str = option("", "folder with the files of the data set")
+    workers: int = option(0, "processes that load pictures (0: none extra)")
+    model: str = option(
         "resnet8", "resnet8, resnet18, resnet34, resnet50, vgg16 or package.module:function"
     )
-    model_args: dict = _help({}, "arguments of the network, as JSON")
-    method: str = _help("cocktail", "training method")
-    epochs: int = _help(12, "epochs of a stage")
-    batch_size: int = _help(64, "samples per optimizer step and process")
-    lr: float = _help(0.1, "initial learning rate")
-    momentum: float = _help(0.9, "momentum of SGD")
-    nesterov: bool = _help(False, "Nesterov momentum")
-    weight_decay: float = _help(1e-4, "weight decay")
-    decay_norm_bias: bool = _help(True, "weight decay on normalisation layers and biases too")
-    warmup: float = _help(0, "linear warm-up: epochs (int) or share of a stage (float)")
-    label_smoothing: float = _help(0.0, "label smoothing of the loss")
-    clip_norm: float = _help(0.0, "clip the gradient's norm (0: off)")
-    accumulate: int = _help(1, "split a batch into this many parts to save memory")
-    precision: str = _help("fp32", "fp32, bf16 or fp16 (autocast)")
-    channels_last: bool = _help(False, "channels_last weights and activations")
-    compile: bool = _help(False, "torch.compile the network")
-    mask_linear: bool = _help(False, "mask linear layers too, not only convolutions")
-    mask_update: str = _help("freeze", "pruned weights in a sparse step: freeze or shared")
-    recalibrate_samples: int = _help(512, "training samples for BatchNorm statistics")
-    init: str = _help("", "safetensors file with weights to start from")
-    seed: int = _help(0, "seed of everything random")
-    device: str = _help("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
-    threads: int = _help(0, "CPU threads (0: torch's default)")
-    checkpoint_every: int = _help(500, "optimizer steps between checkpoints")
-    log_every: int = _help(20, "optimizer steps between log lines")
-    tensorboard: bool = _help(False, "write TensorBoard logs too (needs the extra log)")
+    model_args: dict = option({}, "arguments of the network, as JSON")
+    method: str = option("cocktail", "training method")
+    epochs: int = option(4, "epochs of a stage")
+    batch_size: int = option(64, "samples per optimizer step and process")
+    lr: float = option(0.1, "initial learning rate")
+    momentum: float = option(0.9, "momentum of SGD")
+    nesterov: bool = option(False, "Nesterov momentum")
+    weight_decay: float = option(1e-4, "weight decay")
+    decay_norm_bias: bool = option(True, "weight decay on normalisation layers and biases too")
+    warmup: float = option(0, "linear warm-up: epochs (int) or share of a stage (float)")
+    label_smoothing: float = option(0.0, "label smoothing of the loss")
+    clip_norm: float = option(0.0, "clip the gradient's norm (0: off)")
+    accumulate: int = option(1, "split a batch into this many parts to save memory")
+    precision: str = option("fp32", "fp32, bf16 or fp16 (autocast)")
+    channels_last: bool = option(False, "channels_last weights and activations")
+    compile: bool = option(False, "torch.compile the network")
+    mask_linear: bool = option(False, "mask linear layers too, not only convolutions")
+    mask_update: str = option("freeze", "pruned weights in a sparse step: freeze or shared")
+    silence: bool = option(True, "a pruned channel's BatchNorm is off too, as its bias is")
+    teacher_statistics: str = option(
+        "frozen", "BatchNorm statistics in the teacher's forward: frozen or update"
+    )
+    recalibrate_samples: int = option(
+        512, "training samples for a subnet's BatchNorm statistics (0: the model's own for all)"
+    )
+    init: str = option("", "safetensors file with weights to start from")
+    seed: int = option(0, "seed of everything random")
+    device: str = option("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    threads: int = option(0, "CPU threads (0: torch's default)")
+    checkpoint_every: int = option(500, "optimizer steps between checkpoints")
+    log_every: int = option(20, "optimizer steps between log lines")
+    tensorboard: bool = option(False, "write TensorBoard logs too (needs the extra log)")
 
     def __post_init__(self) -> None:
         choices = {
             "precision": ("fp32", "bf16", "fp16"),
             "mask_update": ("freeze", "shared"),
+            "teacher_statistics": ("frozen", "update"),
             "method": tuple(METHODS),
         }
         for name, allowed in choices.items():
@@ -75,10 +79,10 @@ class Config:
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"config: {name}={value} is below 1")
-        for name in ("lr", "recalibrate_samples"):
-            if (value := getattr(self, name)) <= 0:
-                raise ValueError(f"config: {name}={value} is not positive")
-        for name in ("warmup", "clip_norm", "weight_decay", "momentum", "threads"):
+        if not self.lr > 0:
+            raise ValueError(f"config: lr={self.lr} is not positive")
+        switches = ("warmup", "clip_norm", "weight_decay", "momentum", "threads", "workers")
+        for name in ("recalibrate_samples", *switches):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"config: {name}={value} is negative; 0 switches it off")
 
@@ -90,7 +94,10 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(recipe: str | Path | None) -> dict[str, Any]:
-    """Fields of a recipe by name, or of a YAML file."""
+    """Fields of a recipe by name, or of a YAML file.
+
+    Its entry `paper` is a mapping of fields for `apply_preset`; `split_fields` ignores it.
+    """
     if recipe is None:
         return {}
     if str(recipe) in recipe_names():
@@ -102,9 +109,33 @@ def read_recipe(recipe: str | Path | None) -> dict[str, Any]:
             f"recipe {str(recipe)!r} is neither one of {', '.join(recipe_names())} nor a YAML file"
         )
     fields = _parsed("recipe", text) or {}
-    if not isinstance(fields, dict):
+    if not isinstance(fields, dict) or not isinstance(fields.get("paper", {}), dict):
         raise ValueError(f"recipe {recipe}: the YAML is no mapping of fields to values")
     return fields
+
+
+def apply_preset(fields: dict[str, Any], name: str, given: dict[str, Any]) -> None:
+    """Set a recipe's fields to those of a procedure, "paper" or "parity", in place.
+
+    Args:
+        fields: of the recipe. Its own `paper` mapping (lengths that the procedure needs) comes
+            first, then the method's preset.
+        name: of the preset.
+        given: fields that the user set; one that the preset sets too is a ValueError.
+    """
+    method = given.get("method", fields.get("method", "cocktail"))
+    presets = METHODS[method].PRESETS if method in METHODS else {}
+    if name not in presets:
+        raise ValueError(
+            f"train: method {method} has no preset {name!r}; there are: {', '.join(presets)}"
+        )
+    if both := sorted(set(given) & set(presets[name])):
+        field = both[0]
+        raise ValueError(
+            f"train: --{name} means {field}={presets[name][field]}, but {field}={given[field]} "
+            "was given too; give one of them"
+        )
+    fields.update({**fields.pop("paper", {}), **presets[name]})
 
 
 def split_fields(fields: dict[str, Any]) -> tuple[Config, Any]:
@@ -112,6 +143,7 @@ def split_fields(fields: dict[str, Any]) -> tuple[Config, Any]:
 
     Raises ValueError for an unknown field (with the nearest known one) or a value of a wrong type.
     """
+    fields = {name: value for name, value in fields.items() if name != "paper"}
     method = fields.get("method", "cocktail")
     if method not in METHODS:
         raise ValueError(f"config: method={method!r} is not one of {', '.join(METHODS)}")
@@ -138,6 +170,7 @@ def _parsed(name: str, text: str) -> Any:
 
 def convert_field(name: str, value: Any, kind: type) -> Any:
     """A YAML value or a command-line string as the type of its field."""
+    given = value
     if isinstance(value, str) and kind is not str:
         value = _parsed(name, value)
     if kind is float and isinstance(value, str):
@@ -149,7 +182,7 @@ def convert_field(name: str, value: Any, kind: type) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         example = """, written as JSON: '{"2:4": 1}'""" if kind is dict else ""
         raise ValueError(
-            f"config: {name}={value!r} is a {type(value).__name__}, but the field is a "
+            f"config: {name}={given!r} is a {type(value).__name__}, but the field is a "
             f"{kind.__name__}{example}"
         )
     return value

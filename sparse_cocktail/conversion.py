@@ -63,6 +63,9 @@ def convert(
         norm = isinstance(module, nn.BatchNorm2d)
         if name in reasons and not norm:
             report.left[name] = reasons[name]
+        if norm and type(module) not in (nn.BatchNorm2d, MaskedBatchNorm2d):
+            kind = type(module).__name__
+            report.left[name] = f"subclass {kind}: pruned channels are not silenced behind it"
         if type(module) not in _SWAPS or name == "" or name in report.left:
             continue
         parent, _, child = name.rpartition(".")

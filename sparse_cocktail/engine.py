@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,17 +15,16 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from . import data as data_sets
 from . import models
 from .checkpoint import restore_dataclass
 from .cocktail import Cocktail
 from .config import Config, split_fields
-from .conversion import convert
 from .data import Data
-from .files import read_tensors
+from .distributed import gather, mean, own_device, replicate
 from .methods import METHODS, Context, Method
+from .preparation import new_optimizer, prepare_model
 from .report import run_results
 from .run_folder import RunFolder
 from .stepping import Stepper
@@ -87,8 +85,9 @@ class Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.console = console if self.rank == 0 else Console(quiet=True)
-        self.stop = StopRequest(f"go on with --resume --out {folder}")
+        self.stop = StopRequest(f"go on with: sparse-cocktail resume {folder}")
         self.board = None
+        self.closed = 0  # epochs of the present stage whose after_epoch has run
         self.facts = {**dataclasses.asdict(config), **dataclasses.asdict(options)}
         self.files = RunFolder(folder, self.facts, writes=self.rank == 0)
 
@@ -116,25 +115,18 @@ class Trainer:
                     "train(model, data, out=..., resume=True)"
                 )
             model = models.create(model, config.model_args)
-        data = data_sets.load(data, config.data_dir) if isinstance(data, str) else data
-        device = config.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if isinstance(data, str):
+            data = data_sets.load(data, config.data_dir, config.workers)
+        device = own_device(config.device)
         if device.startswith("cuda"):
             if not torch.cuda.is_available():
                 raise ValueError(f"config: device={device!r}, but torch sees no GPU; use cpu")
             torch.backends.cudnn.deterministic = True  # a resumed run repeats its bits
         self.device = torch.device(device)
-        if not hasattr(model, "conversion"):
-            skip = None if config.mask_linear else _linear_layers(model)
-            example = data.train.inputs[:2].to(self.device)
-            model = convert(model.to(self.device), skip, example, config.channels_last)
-        model.to(self.device)
-        if config.init:
-            self._load_initial(model)
+        model = prepare_model(model, config, data.example(2), self.device)
         network: nn.Module = torch.compile(model) if config.compile else model
         if self.world > 1:
-            network = DistributedDataParallel(network, broadcast_buffers=False)
+            network = replicate(network)
         self.ctx = Context(
             config=config,
             options=self.options,
@@ -145,6 +137,7 @@ class Trainer:
             device=self.device,
             network=network,
             log=self.log,
+            say=lambda text: self.console.print(text, markup=False, highlight=False),
             steps_per_epoch=data.steps_per_epoch(config.batch_size, self.world),
         )
         self.stepper = Stepper(self.ctx, self.method)
@@ -157,13 +150,6 @@ class Trainer:
             self._restore(checkpoint)
         if writer is not None and self.rank == 0:
             self.board = writer(str(self.folder / "tensorboard"))
-
-    def _load_initial(self, model: nn.Module) -> None:
-        tensors, _ = read_tensors(self.config.init)
-        try:
-            model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise ValueError(f"config: init={self.config.init!r} does not fit: {error}") from error
 
     def _describe(self) -> None:
         """Say before the first step what is masked and what stays dense."""
@@ -188,24 +174,6 @@ class Trainer:
             ) from error
         return SummaryWriter
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        config, model = self.config, self.ctx.model
-        vectors = [] if config.decay_norm_bias else [p for p in model.parameters() if p.dim() < 2]
-        plain = {id(p) for p in vectors}  # biases, scales and shifts
-        groups = [
-            {
-                "params": [p for p in model.parameters() if id(p) not in plain],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [p for p in model.parameters() if id(p) in plain], "weight_decay": 0.0},
-        ]
-        return torch.optim.SGD(
-            [g for g in groups if g["params"]],
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-        )
-
     # ---- the run ---------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
@@ -222,6 +190,15 @@ class Trainer:
         )
         with progress, self.stop.listening():
             bar = progress.add_task(f"{self.config.method}", total=total)
+            side = progress.add_task("", visible=False)
+
+            def show(what: str, done: int, of: int) -> None:
+                if done == 0:
+                    progress.reset(side)  # time left by this work's speed alone
+                visible = done + 1 < of
+                progress.update(side, description=what, completed=done, total=of, visible=visible)
+
+            ctx.progress = show
             done = sum(s.epochs for s in ctx.stages[: ctx.stage]) * ctx.steps_per_epoch
             progress.update(bar, completed=done + ctx.step)
             for index in range(ctx.stage, len(ctx.stages)):
@@ -245,15 +222,15 @@ class Trainer:
         ctx, method = self.ctx, self.method
         ctx.stage, stage = index, self.ctx.stages[index]
         if ctx.step == 0:
-            ctx.epoch = 0
+            ctx.epoch = self.closed = 0
             method.before_stage(ctx)
             ctx.cocktail.activate("dense")
             if stage.start_from:
                 ctx.model.load_state_dict(ctx.read_weights(stage.start_from))
-            ctx.optimizer = self._new_optimizer()
+            ctx.optimizer = new_optimizer(ctx.model, self.config)
         ctx.network.train()
-        first = max(ctx.step - 1, 0) // ctx.steps_per_epoch  # the epoch of the last step done
-        for ctx.epoch in range(first, stage.epochs):
+        ctx.epoch = max(self.closed - 1, 0)
+        for ctx.epoch in range(self.closed, stage.epochs):
             skip = ctx.step - ctx.epoch * ctx.steps_per_epoch
             batches = ctx.data.epoch(
                 (self.config.seed, index, ctx.epoch),
@@ -276,6 +253,7 @@ class Trainer:
                 if stop:
                     self.stop.obey()
             method.after_epoch(ctx)
+            self.closed = ctx.epoch + 1
         self._flush_losses(stage)
         self._checkpoint()  # what follows may be long
         self._report_stage(stage)
@@ -300,7 +278,7 @@ class Trainer:
         losses, self.stepper.losses = self.stepper.losses, []
         if not losses:
             return
-        values = torch.stack([loss.float() for *_, loss in losses]).tolist()
+        values = mean(torch.stack([loss.float() for *_, loss in losses])).tolist()
         lines: dict[str, list[float]] = {}
         for (step, subnet, _), value in zip(losses, values, strict=True):
             if not np.isfinite(value):
@@ -328,46 +306,87 @@ class Trainer:
                 self.board.add_scalar(f"loss/{name}", loss, step)
 
     def _checkpoint(self) -> None:
+        """Write a checkpoint; it is on the disk before any rank goes on."""
         ctx = self.ctx
         weights = ctx.weights()
         ctx.check_finite(weights)
         ctx.seconds["total"] = self._clock()
-        on_gpu = self.device.type == "cuda"
         tree = {
             "stage": ctx.stage,
             "step": ctx.step,
+            "closed": self.closed,
             "seconds": ctx.seconds,
+            "samples": ctx.samples,
             "model": weights,
             "cocktail": ctx.cocktail.state(),
             "optimizer": ctx.optimizer.state_dict(),
             "scaler": self.stepper.scaler.state_dict(),
             "method": self.method.state,
-            "random": {
-                "cpu": torch.get_rng_state(),
-                "device": torch.cuda.get_rng_state(self.device) if on_gpu else None,
-            },
+            "ranks": gather(self._own_state(weights)),
         }
         self.files.save_checkpoint(tree)
+        if self.world > 1:
+            dist.barrier()
+
+    def _own_state(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """What differs between ranks: random states, BatchNorm statistics, a kept batch."""
+        on_gpu = self.device.type == "cuda"
+        parameters = dict(self.ctx.model.named_parameters(remove_duplicate=False))
+        shared, kept = self.ctx.cocktail.state()["shared"], self.stepper.kept
+        return {
+            "random": torch.get_rng_state(),
+            "random_device": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "buffers": {k: v.cpu() for k, v in weights.items() if k not in parameters},
+            "shared": None if shared is None else [t.cpu() for t in shared],
+            "kept": {k: [_strided(t) for t in v] for k, v in (kept or {}).items()},
+        }
 
     def _restore(self, tree: dict[str, Any]) -> None:
-        ctx = self.ctx
-        ctx.stage, ctx.step, ctx.seconds = tree["stage"], tree["step"], tree["seconds"]
-        ctx.model.load_state_dict(tree["model"])
-        ctx.cocktail.restore(tree["cocktail"])
+        ctx, processes = self.ctx, len(tree["ranks"])
+        if processes != self.world:
+            raise ValueError(
+                f"resume: the run in {self.folder} has {processes} processes, but {self.world} "
+                f"were started; start {processes} (torchrun --nproc-per-node)"
+            )
+        if self.world > 1:
+            self._settle_buckets()
+        own = tree["ranks"][self.rank]
+        ctx.stage, ctx.step, self.closed = tree["stage"], tree["step"], tree["closed"]
+        ctx.seconds, ctx.samples, kept = tree["seconds"], tree["samples"], own["kept"]
+        if kept:
+            made = {k: [_unstrided(t, self.device) for t in v] for k, v in kept.items()}
+            self.stepper.kept = made
+        ctx.model.load_state_dict({**tree["model"], **own["buffers"]})
+        ctx.cocktail.restore({**tree["cocktail"], "shared": own["shared"]})
         restore_dataclass(self.method.state, tree["method"])
-        ctx.optimizer = self._new_optimizer()
+        ctx.optimizer = new_optimizer(ctx.model, self.config)
         ctx.optimizer.load_state_dict(tree["optimizer"])
         if tree["scaler"]:
             self.stepper.scaler.load_state_dict(tree["scaler"])
-        torch.set_rng_state(tree["random"]["cpu"])
-        if tree["random"]["device"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tree["random"]["device"], self.device)
+        torch.set_rng_state(own["random"])
+        if own["random_device"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["random_device"], self.device)
+
+    def _settle_buckets(self) -> None:
+        """One forward and backward, whose traces `_restore` overwrites.
+
+        DDP orders gradients by the first backward of a process; with three ranks or more their
+        order decides in which order ranks are summed, so a resumed run would round otherwise.
+        """
+        ctx, config = self.ctx, self.config
+        first = ctx.data.epoch((config.seed, 0, 0), config.batch_size, 0, self.rank, self.world)
+        inputs, targets = next(iter(first))
+        ctx.network.train()
+        self.task.loss(ctx.network(inputs), targets).backward()
+        ctx.model.zero_grad(set_to_none=True)
 
 
-def _linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    if not any(isinstance(m, nn.Conv2d) for m in list(model.modules())):
-        raise ValueError(
-            f"train: {type(model).__name__} has no convolution, and linear layers are left dense; "
-            "set mask_linear=True (--mask-linear true)"
-        )
-    return lambda _, module: isinstance(module, nn.Linear)
+def _strided(tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor with its strides, which files do not keep and convolutions round by."""
+    return {"values": tensor.cpu(), "strides": list(tensor.stride())}
+
+
+def _unstrided(stored: dict[str, Any], device: torch.device) -> torch.Tensor:
+    values = stored["values"]
+    made = torch.empty_strided(values.shape, stored["strides"], dtype=values.dtype, device=device)
+    return made.copy_(values)

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as deserialize
 from safetensors.torch import save as serialize
 
-__all__ = ["read_tensors", "write_atomic", "write_json", "write_tensors"]
+__all__ = ["read_json", "read_tensors", "write_atomic", "write_json", "write_tensors"]
 
 
 _ENTRY = "sparse_cocktail"  # of the safetensors metadata
@@ -28,7 +29,7 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{get_ident()}.partial")
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -50,10 +51,27 @@ def write_atomic(path: str | os.PathLike, write: Callable[[Any], None]) -> None:
         os.close(directory)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN is refused: JSON has none."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+def write_json(path: str | os.PathLike, value: Any, indent: int | None = 2) -> None:
+    """Write `value` as JSON, atomically. NaN is refused: JSON has none."""
+    text = json.dumps(value, indent=indent, allow_nan=False) + "\n"
     write_atomic(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Read a file that holds one JSON object; ValueError names the file when it does not."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is no whole JSON ({error}); it was cut off or edited: take the original copy, "
+            "or train again"
+        ) from error
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path} holds a {type(value).__name__}, not an object; it was edited or is another "
+            "program's: take the original copy, or train again"
+        )
+    return value
 
 
 def write_tensors(

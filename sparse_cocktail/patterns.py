@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-__all__ = ["Block", "Channel", "Dense", "NM", "Pattern", "Unstructured", "parse"]
+__all__ = ["Block", "Channel", "Dense", "NM", "Pattern", "Unstructured", "family", "parse"]
 
 
 def _check_sparsity(kind: str, sparsity: float) -> None:
@@ -150,3 +150,8 @@ def parse(text: str | Pattern) -> Pattern:
         f"parse: pattern {text!r} is unknown; use dense, unstructured-S, channel-S, N:M or "
         "block-RxC-S, where S is the sparsity in [0, 1), as in unstructured-0.9 or 2:4"
     )
+
+
+def family(pattern: str) -> str:
+    """What a subnet is compared with, by its `pattern` in results: "2:4" and the like are "n:m"."""
+    return "n:m" if ":" in pattern else pattern

@@ -29,7 +29,7 @@ def run_results(
         scores: what `Method.finish` returned.
     """
     subnets = []
-    for row in ctx.cocktail.summary(ctx.data.test.inputs[:1]):
+    for row in ctx.cocktail.summary(ctx.data.example(1).to(ctx.device)):
         score = scores[row["name"]]
         accuracies = {
             "accuracy": score["accuracy"],
@@ -46,9 +46,23 @@ def run_results(
         "config": facts,
         "environment": environment(ctx.device),
         "seconds": {name: round(value, 3) for name, value in ctx.seconds.items()},
+        "passes": passes(ctx),
         "subnets": subnets,
         "method_state": dataclasses.asdict(method.state),
     }
+
+
+def passes(ctx: Context) -> dict[str, float]:
+    """What a run computed, by what it was doing, in forward-backward passes of one batch.
+
+    A forward alone counts as a third. "evaluate" is measuring for logs and the report.
+    """
+    sums: dict[str, float] = {}
+    for name, samples in ctx.samples.items():
+        doing, kind = name.rsplit(" ", 1)
+        share = samples / ctx.config.batch_size / (3.0 if kind == "forward" else 1.0)
+        sums[doing] = sums.get(doing, 0.0) + share
+    return {name: round(value, 1) for name, value in sums.items()}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

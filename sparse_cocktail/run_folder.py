@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .files import write_json
+from .files import read_json, write_json
 
-__all__ = ["RunFolder"]
+__all__ = ["RunFolder", "changed_fields"]
 
 CHECKPOINT, LOG, CONFIG, RESULTS = (
     "checkpoint.safetensors",
@@ -20,7 +20,16 @@ CHECKPOINT, LOG, CONFIG, RESULTS = (
     "results.json",
 )
 # Fields that a resumed run may change: they alter nothing that is computed.
-_FREE = ("checkpoint_every", "tensorboard")
+_FREE = ("checkpoint_every", "tensorboard", "workers")
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields by name as (before, now), where they differ and that matters to a resumed run."""
+    return {
+        name: (before.get(name), value)
+        for name, value in now.items()
+        if before.get(name) != value and name not in _FREE
+    }
 
 
 class RunFolder:
@@ -40,6 +49,8 @@ class RunFolder:
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Refuse a folder that does not suit the request (ValueError)."""
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"train: out={self.path} is a file; give a folder for the run")
         stored = self.path / CONFIG
         if not resume:
             if stored.exists() and not overwrite:
@@ -50,13 +61,8 @@ class RunFolder:
             return
         if not stored.is_file():
             raise ValueError(f"resume: {self.path} holds no run; leave --resume out")
-        before = json.loads(stored.read_text())
-        changed = {
-            name: (before.get(name), value)
-            for name, value in self.facts.items()
-            if before.get(name) != value and name not in _FREE
-        }
-        if changed:
+        before = read_json(stored)
+        if changed := changed_fields(before, self.facts):
             raise ValueError(
                 f"resume: fields differ from those of the run in {self.path} (run, now): "
                 f"{changed}; resume with the same fields"
@@ -69,8 +75,11 @@ class RunFolder:
             tree = load_checkpoint(self.checkpoint_path)
         if not self.writes:
             return tree
+        for stray in self.path.rglob(".*.partial"):  # of a process that was killed while writing
+            stray.unlink()
         if tree is None:
-            for name in (CHECKPOINT, LOG, RESULTS, "cocktail.safetensors"):
+            weights = [f"{name}.safetensors" for name in ("cocktail", "rewind", "interpolated")]
+            for name in (CHECKPOINT, LOG, RESULTS, "report.html", *weights):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("pool", "plots", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)

@@ -14,7 +14,7 @@ from .patterns import NM, Block, Channel, Dense, Pattern, Unstructured
 from .reference import block_count, ones
 from .schedules import keep_count
 
-__all__ = ["check_ranks_agree", "eligible", "magnitude_masks", "unified_stage"]
+__all__ = ["MasksDiffer", "check_ranks_agree", "eligible", "magnitude_masks", "unified_stage"]
 
 
 def eligible(shape: Sequence[int], pattern: Pattern) -> str | None:
@@ -73,65 +73,53 @@ def _eligible_masks(weights: list[Tensor], pattern: Pattern) -> list[Tensor]:
 
 def unified_stage(
     bank: MaskBank,
-    unstructured: Unstructured,
-    channel: Channel,
+    keep: int,
+    channel_keep: Sequence[int],
     new_nm: NM | None,
     beta: float,
-    within: int | None,
-    nm_from: int | None,
-    nested_channels_from: int | None = None,
-    outputs: frozenset[int] = frozenset(),
+    within: int | None = None,
+    nm_from: int | None = None,
+    channels_within: int | None = None,
+    unified: bool = True,
 ) -> tuple[int, int, int | None]:
     """Add the rows of one Sparse Cocktail stage to the bank (paper, section 3.4).
 
     Args:
         bank: the bank whose weights are ranked.
-        unstructured, channel: patterns of this stage; exact counts come from their densities.
+        keep: weights that the unstructured mask keeps, over all layers together.
+        channel_keep: output channels that the channel mask keeps, one number per layer.
         new_nm: an N:M ratio that is made fresh in this stage, or None to go on with `nm_from`.
         beta: share of the unstructured mask in the channel score.
         within: row of the previous unstructured mask (nested masks).
         nm_from: row of the N:M mask in force, or None before the first one.
-        nested_channels_from: row of the previous channel mask when channels are nested too.
-        outputs: indices of layers whose channels are all kept.
+        channels_within: row of the previous channel mask when channels are nested too.
+        unified: score channels by what the other masks keep of them; else by their L1 norm (the
+            paper's ablation "w/o UMG").
 
     Returns:
         Row numbers (unstructured, channel, N:M); N:M is `nm_from` unless `new_nm` made a new row.
     """
     u, c, n = bank.add(), bank.add(), None if new_nm is None else bank.add()
-    channel_keep = [
-        w.shape[0] if i in outputs else keep_count(channel.density, w.shape[0])
-        for i, w in enumerate(bank.weights)
-    ]
+    nm = None if new_nm is None else (new_nm.n, new_nm.m)
     bank.unified_(
-        (u, n, c),
-        keep_count(unstructured.density, bank.numel),
-        None if new_nm is None else (new_nm.n, new_nm.m),
-        channel_keep,
-        beta,
-        within,
-        nm_from if new_nm is None else None,
+        (u, n, c), keep, nm, channel_keep, beta, within, nm_from if new_nm is None else None
     )
     n = nm_from if n is None else n
-    if nested_channels_from is not None:
-        _nest_channels(bank, (u, n, c), channel_keep, beta, nested_channels_from)
+    if channels_within is not None or not unified:
+        weights = [w.detach() for w in bank.weights]
+        everything = [ones(w) for w in weights]
+        by_u = bank.views(u) if unified else everything
+        by_n = bank.views(n) if unified and n is not None else everything
+        scores = ops.channel_scores(weights, by_u, by_n, beta)
+        if channels_within is not None:
+            alive = [bits.flatten(1).ne(0).any(1) for bits in bank.views(channels_within)]
+            scores = [torch.where(a, s, -1) for a, s in zip(alive, scores, strict=True)]
+        bank.set_(c, ops.channel_masks(scores, channel_keep, [w.shape for w in weights]))
     return u, c, n
 
 
-def _nest_channels(
-    bank: MaskBank,
-    rows: tuple[int, int | None, int],
-    keep: list[int],
-    beta: float,
-    previous: int,
-) -> None:
-    """Choose the channels again among those that the previous channel mask kept."""
-    weights = [w.detach() for w in bank.weights]
-    u, c = bank.views(rows[0]), bank.views(rows[2])
-    n = [ones(w) for w in weights] if rows[1] is None else bank.views(rows[1])
-    scores = ops.channel_scores(weights, u, n, beta)
-    alive = [bits.flatten(1).ne(0).any(1) for bits in bank.views(previous)]
-    scores = [torch.where(a, s, -1) for a, s in zip(alive, scores, strict=True)]
-    torch._foreach_copy_(c, ops.channel_masks(scores, keep, [w.shape for w in weights]))
+class MasksDiffer(RuntimeError):
+    """Processes of one run hold different masks."""
 
 
 def check_ranks_agree(digest: str) -> None:
@@ -141,7 +129,7 @@ def check_ranks_agree(digest: str) -> None:
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
     if len(set(digests)) > 1:
-        raise RuntimeError(
+        raise MasksDiffer(
             f"masks differ between ranks after a mask step (digests {digests}); the weights have "
             "diverged: check that every rank starts from the same weights and seed"
         )

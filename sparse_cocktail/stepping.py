@@ -30,6 +30,7 @@ class Stepper:
         fp16 = ctx.config.precision == "fp16"
         self.scaler = torch.amp.GradScaler(ctx.device.type, enabled=fp16)
         self.losses: list[tuple[int, str, Tensor]] = []
+        self.kept: dict[str, list[Tensor]] | None = None  # batch and output of the step before
         self.distributed = hasattr(ctx.network, "no_sync")
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
@@ -42,15 +43,22 @@ class Stepper:
             group["lr"] = lr
         if config.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-        chunks = inputs.chunk(config.accumulate), targets.chunk(config.accumulate)
-        parts = list(zip(*chunks, strict=True))
         passes = self.method.step(ctx)
+        if any(each.teacher == "previous" for each in passes):
+            parts = list(zip(self.kept["inputs"], self.kept["targets"], strict=True))
+        else:
+            chunks = inputs.chunk(config.accumulate), targets.chunk(config.accumulate)
+            parts = list(zip(*chunks, strict=True))
         ctx.optimizer.zero_grad(set_to_none=True)
         outputs: list[list[Tensor]] = []
         for each in passes:
             last = len(outputs) == len(passes) - 1
             outputs.append(self._run_pass(each, parts, outputs, last))
             self.method.after_pass(ctx)
+        self.kept = None
+        if passes[-1].keep:
+            inputs, targets = map(list, zip(*parts, strict=True))
+            self.kept = {"inputs": inputs, "targets": targets, "outputs": outputs[-1]}
         self.scaler.unscale_(ctx.optimizer)
         if config.clip_norm:
             nn.utils.clip_grad_norm_(ctx.model.parameters(), config.clip_norm)
@@ -66,6 +74,8 @@ class Stepper:
         teachers: list[Tensor | None] = [None] * len(parts)
         if each.teacher == "dense":
             teachers = [self._teach(_transformed(each, x)) for x, _ in parts]
+        elif each.teacher == "previous":
+            teachers = self.kept["outputs"]
         elif each.teacher is not None:
             teachers = outputs[each.teacher]
         ctx.cocktail.activate(each.subnet)
@@ -83,6 +93,7 @@ class Stepper:
                 self.scaler.scale(loss * (each.weight * share)).backward()
             results.append(output.detach())
             losses.append(loss.detach() * share)
+        ctx.count("backward", total)
         self.losses.append((ctx.step, each.subnet, torch.stack(losses).sum()))
         return results
 
@@ -96,10 +107,13 @@ class Stepper:
 
     @torch.no_grad()
     def _teach(self, x: Tensor) -> Tensor:
-        """The dense network's output in batch statistics; running statistics stay untouched."""
-        self.ctx.cocktail.activate("dense")
-        with frozen_statistics(self.ctx.model), self._autocast():
-            return self.ctx.model(x)
+        """The dense network's output in batch statistics; running ones stay, unless asked for."""
+        ctx = self.ctx
+        ctx.cocktail.activate("dense")
+        ctx.count("forward", len(x))
+        update = ctx.config.teacher_statistics == "update"
+        with nullcontext() if update else frozen_statistics(ctx.model), self._autocast():
+            return ctx.model(x)
 
     def _autocast(self):
         dtype = _AUTOCAST.get(self.ctx.config.precision)

@@ -1,12 +1,45 @@
 """Fixtures of all tests: seeds, threads, and where a backend can run on this machine."""
 
+import importlib.util
 import os
+import re
+import sys
 
 import pytest
 import torch
 from hypothesis import settings
 
 from sparse_cocktail import ops
+
+
+def _complete_torchvision() -> torch.library.Library | None:
+    """Make torchvision importable where its compiled operators are missing.
+
+    That is so when it was built for another torch, such as the CUDA build beside a CPU torch. The
+    import then fails at the first operator that torchvision describes, and with it the imports of
+    timm and transformers. Placeholders under the operators' names let it pass; what the tests use
+    of torchvision (folders, pictures of PIL) calls none of them.
+
+    Returns the library that holds the placeholders: they last as long as it does.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    placeholders = None
+    while True:
+        try:
+            importlib.import_module("torchvision")
+            return placeholders
+        except RuntimeError as error:
+            missing = re.match(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+        placeholders = placeholders or torch.library.Library("torchvision", "FRAGMENT")
+        placeholders.define(f"{missing[1]}() -> ()")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+
+
+_TORCHVISION_PLACEHOLDERS = _complete_torchvision()
 
 # Examples are drawn from a fixed seed, so that a failure comes back on the next run.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)

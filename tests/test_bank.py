@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_cocktail import NM, Block, Channel, Dense, MaskBank, Unstructured, ops
+from sparse_cocktail.schedules import keep_count
 from sparse_cocktail.selection import eligible, magnitude_masks, unified_stage
 
 # A depthwise, an odd, a two-word and a linear weight (in = 1, 7, 40, 24): few patterns fit all.
@@ -258,17 +259,18 @@ def test_at_least_one_is_kept():
 # ---- a stage of Sparse Cocktail ------------------------------------------------------------------
 
 
-def stage(bank, sparsity, previous=None, nm=None, nested=False):
+def stage(bank, sparsity, previous=None, nm=None, nested=False, unified=True):
     u, c, n = previous or (None, None, None)
     return unified_stage(
         bank,
-        Unstructured(sparsity),
-        Channel(sparsity / 2),
+        keep_count(1 - sparsity, TOTAL),
+        [keep_count(1 - sparsity / 2, shape[0]) for shape in SHAPES],
         nm,
         0.8,
         within=u,
         nm_from=n,
-        nested_channels_from=c if nested else None,
+        channels_within=c if nested else None,
+        unified=unified,
     )
 
 
@@ -302,6 +304,17 @@ def test_free_channels_are_those_of_the_scores(bank, weights):
         [w.detach() for w in weights], bank.views(u), bank.views(n), beta=0.8
     )
     assert_same(bank.views(c), ops.channel_masks(scores, [6, 4, 9, 12], SHAPES))
+
+
+def test_channels_by_their_own_weights_ignore_the_other_masks(bank, weights):
+    """The ablation without unified mask generation: L1 norms of whole rows."""
+    u, c, n = stage(bank, 0.9, nm=NM(1, 4), unified=False)
+    rows = [w.detach().abs().flatten(1).sum(1) for w in weights]
+    for kept, score, count in zip(alive(bank.views(c)), rows, [4, 3, 7, 9], strict=True):
+        assert int(kept.sum()) == count
+        assert score[kept].min() >= score[~kept].max()
+    other = stage(bank, 0.9, nm=NM(1, 4))
+    assert not all(map(torch.equal, bank.views(c), bank.views(other[1])))
 
 
 def test_nested_channels_are_the_best_of_the_survivors(bank, weights):

@@ -107,9 +107,11 @@ def test_damaged_cifar(tmp_path, how, error, message):
         data_sets.load("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("folder", ["", "nowhere"])
-def test_cifar_without_its_folder(folder):
-    with pytest.raises(FileNotFoundError, match=r"cifar10 needs --data-dir .*no test_batch.bin"):
+@pytest.mark.parametrize(
+    ("folder", "there"), [("", "none was given"), ("nowhere", "'nowhere' has no test_batch.bin")]
+)
+def test_cifar_without_its_folder(folder, there):
+    with pytest.raises(FileNotFoundError, match=rf"cifar10 needs --data-dir .*{there}"):
         data_sets.load("cifar10", folder)
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from sparse_cocktail import cli, models
 from sparse_cocktail import data as data_sets
+from sparse_cocktail.cli.base import console
 
 QUICK = ["--recipe", "digits", "--epochs", "1", "--stages", "2", "--search-samples", "0"]
 
@@ -18,7 +19,8 @@ QUICK = ["--recipe", "digits", "--epochs", "1", "--stages", "2", "--search-sampl
 def finished(tmp_path_factory):
     """A short run on digits, made by the command itself."""
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-m", "sparse_cocktail.cli", "train", *QUICK, "--out", str(folder)]
+    whole = ["--interpolation", "true", "--consolidate", "1", "--out", str(folder)]
+    command = [sys.executable, "-m", "sparse_cocktail.cli", "train", *QUICK, *whole]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
@@ -27,7 +29,7 @@ def finished(tmp_path_factory):
 def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
     """Exit code, standard output and error of one command."""
     monkeypatch.setattr(sys, "argv", ["sparse-cocktail", *map(str, arguments)])
-    monkeypatch.setattr(cli, "console", cli.Console(width=200))
+    monkeypatch.setattr(console, "width", 200)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     output = capsys.readouterr()
@@ -104,6 +106,21 @@ def test_paper_mode_and_help(monkeypatch, capsys, tmp_path):
     assert code == 0 and "--weight-decay" in output and "--consolidate" in output
 
 
+def test_names_need_no_four_decimals(finished, monkeypatch, capsys):
+    code, output, _ = call(monkeypatch, capsys, "eval", finished[0], "--subnet", "unstructured-0.2")
+    assert code == 0 and "unstructured-0.2000" in output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [('{"epochs":', "is no whole JSON"), ("[1, 2]", "holds a list")]
+)
+def test_a_damaged_config_is_named(monkeypatch, capsys, tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    for arguments in (["resume", tmp_path], ["train", "--resume", "--out", tmp_path]):
+        code, _, error = call(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in error and str(tmp_path / "config.json") in error
+
+
 def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
     folder, _ = finished
     before = json.loads((folder / "results.json").read_text())["subnets"]
@@ -127,8 +144,10 @@ def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
         (["export", "RUN", "1:2", "--out", "{}/x.pt2", "--sample", "big"], "'big' is no shape"),
         (
             ["train", "--paper", "--consolidate", "1", "--out", "{}"],
-            "--paper means --consolidate 0",
+            "--paper means consolidate=0.0",
         ),
+        (["train", "--paper", "--parity", "--out", "{}"], "two procedures; give one of them"),
+        (["resume", "{}"], "holds no run; give the folder that train was writing to"),
         (["train", "--recipe", "[log]x", "--out", "{}"], "recipe '[log]x' is neither"),
         (["train", "--nm", "{bad", "--out", "{}/x"], "nm='{bad' is no valid value"),
         (["train", "--recipe", "digits", "--out", "RUN"], "holds a run already"),

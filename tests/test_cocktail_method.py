@@ -112,8 +112,9 @@ def test_stages_and_learning_rates(tmp_path):
     lr = stages[3].lr
     assert lr(0) == 0.1
     assert [lr(8 * steps), lr(10 * steps)] == pytest.approx([0.01, 0.01])  # restarts
+    assert stages[-1].lr(102 * steps - 1) < 0.0011
     assert lr(8 * steps - 1) < 0.002 and lr(10 * steps - 1) < 0.005
-    assert stages[-1].lr(0) == 0.05
+    assert stages[-1].epochs == 102 and stages[-1].lr(0) == 0.1
 
 
 @pytest.mark.parametrize("fields", [{"consolidate": 0}, {"consolidate": 0.0}])

@@ -50,7 +50,7 @@ def test_unknown_recipe(recipe):
     "fields, message",
     [
         ({"stages": 0}, r"stages=0 is below 1"),
-        ({"rewind": 2}, r"rewind=2 is not in \[1, epochs=1\]"),
+        ({"rewind": 2}, r"rewind=2 is not in \[0, epochs=1\]"),
         ({"nm": {"channel-0.5": 1}}, r"nm has 'channel-0.5', which is no N:M pattern"),
         ({"nm": {"4:2": 1}}, r"n=4, m=2 breaks 1 <= n < m <= 32"),
         ({"batch_size": 4096}, r"batch_size=4096 .* is more than the 224 training samples"),

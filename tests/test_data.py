@@ -1,6 +1,7 @@
 """Data, models and tasks: sizes, a batch order that only the seed decides, shapes and errors."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from sparse_cocktail import data, models
 from sparse_cocktail.data import Data, ShiftFlip, Split, generator_for
+from sparse_cocktail.data.embedded import PICTURES
 from sparse_cocktail.tasks import Classification
 
 
@@ -241,7 +243,7 @@ def test_names_that_do_not_load(name, message):
 
 
 def test_data_names():
-    assert data.names() == ["digits", "cifar10", "cifar100", "synthetic"]
+    assert data.names() == ["digits", "patches", "cifar10", "cifar100", "imagenet", "synthetic"]
 
 
 def test_moving_keeps_everything(digits):
@@ -308,3 +310,43 @@ def test_metric_counts_the_right_answers():
     output = torch.eye(4)[[0, 1, 2, 2, 3]]
     right, count = Classification().metric(output, torch.tensor([0, 1, 2, 3, 0]))
     assert (int(right), count) == (3, 5)
+
+
+# ---- patches -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiles():
+    pytest.importorskip("skimage", reason="patches needs scikit-image")
+    return data.load("patches")
+
+
+def test_patches_are_distinct_regions_of_eighteen_pictures(tiles):
+    assert tiles.classes == len(PICTURES) == 18 and tiles.sample_shape == (1, 32, 32)
+    three = [tiles.train, tiles.holdout, tiles.test]
+    assert [len(part) for part in three] == [1522, 80, 534]
+    counts = torch.cat([part.targets for part in three]).bincount()
+    assert counts.max() == 128 and counts.min() == 60  # of the smallest picture: 5 x 12 tiles
+    assert (tiles.test.targets.bincount() >= 0.2 * counts).all()
+    assert tiles.train.inputs.mean().abs() < 0.02 and (tiles.train.inputs.std() - 1).abs() < 0.02
+
+
+def test_every_patch_lies_in_its_picture_and_none_twice(tiles):
+    from skimage import data as pictures
+
+    page = PICTURES.index("page")
+    grey = torch.from_numpy(pictures.page() / 255.0)
+    places = [(r, c) for r in range(0, 160, 32) for c in range(0, 384, 32)]
+    known = torch.stack([grey[r : r + 32, c : c + 32] for r, c in places]).flatten(1).float()
+    three = [tiles.train, tiles.holdout, tiles.test]
+    mine = torch.cat([p.inputs[p.targets == page] for p in three]).flatten(1)
+    scaled = [(x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True) for x in (known, mine)]
+    apart = (scaled[1][:, None] - scaled[0][None]).abs().amax(2)
+    nearest, index = apart.min(1)
+    assert nearest.max() < 1e-3 and len(index.unique()) == len(mine) == 60
+
+
+def test_patches_without_scikit_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    with pytest.raises(ValueError, match=r"pip install 'sparse-cocktail\[patches\]'"):
+        data.load("patches")

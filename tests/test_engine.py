@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,15 @@ from sparse_cocktail.methods import METHODS, Method, Pass, Stage
 from sparse_cocktail.stepping import Stepper
 
 MODEL = {"model_args": {"width": 4, "classes": 3}}
-SHORT = {"epochs": 1, "stages": 2, "threads": 1, "recalibrate_samples": 64, "search_samples": 0}
+SHORT = {
+    "epochs": 1,
+    "stages": 2,
+    "threads": 1,
+    "recalibrate_samples": 64,
+    "interpolation": True,
+    "search_samples": 0,
+    "consolidate": 1.0,
+}
 
 
 def toy(samples: int = 320, **changes) -> Data:
@@ -272,7 +281,7 @@ def test_signals_write_a_checkpoint(tmp_path, monkeypatch, number):
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(Stepper, "step", interrupt)
-    with pytest.raises(Interrupted, match=rf"{number.name} at step 2 of stage 1.*--resume"):
+    with pytest.raises(Interrupted, match=rf"{number.name} at step 2 of stage 1.*cocktail resume"):
         run(tmp_path)
     assert position(tmp_path) == (1, 2)
     monkeypatch.setattr(Stepper, "step", original)
@@ -352,3 +361,43 @@ def test_restore_dataclass():
     state = METHODS["cocktail"].State()
     restore_dataclass(state, {"nm_now": "2:4", "choices": [{"alpha": 0.5}]})
     assert state.nm_now == "2:4" and state.choices == [{"alpha": 0.5}]
+
+
+# ---- hooks ---------------------------------------------------------------------------------------
+
+
+class CountsEpochs(OneSubnet):
+    """Remembers every epoch that ended."""
+
+    @dataclass
+    class State:
+        epochs: list = field(default_factory=list)
+
+    def before_stage(self, ctx):
+        pass
+
+    def step(self, ctx):
+        return [Pass("dense")]
+
+    def after_epoch(self, ctx):
+        self.state.epochs.append([ctx.stage, ctx.epoch])
+
+
+@pytest.mark.parametrize("moment", ["_report_stage", "_flush_losses"])
+def test_an_epoch_ends_once_however_a_run_is_stopped(tmp_path, monkeypatch, moment):
+    """A run that stops between an epoch's end and its stage's must not call the hook again."""
+    monkeypatch.setitem(METHODS, "counts", CountsEpochs)
+    fields = {"method": "counts", "threads": 1, "recalibrate_samples": 64, "checkpoint_every": 1}
+    original = getattr(Trainer, moment)
+
+    def interrupt(self, *args):
+        if self.ctx.stage == 1:
+            raise Interrupted(15, "now")
+        original(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, moment, interrupt)
+        with pytest.raises(Interrupted):
+            train(model(), toy(), tmp_path, **fields)
+    results = train(model(), toy(), tmp_path, resume=True, **fields)
+    assert results["method_state"]["epochs"] == [[0, 0], [1, 0]]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # What stands left may be imported by what stands right; modules of one row do not see each other.
 ORDER = (
-    ("files", "kernels", "patterns", "schedules", "models"),
+    ("files", "kernels", "patterns", "schedules", "models", "distributed"),
     ("reference",),
     ("ops",),
     ("bank",),
@@ -19,14 +19,16 @@ ORDER = (
     ("modules",),
     ("conversion",),
     ("cocktail_file",),
-    ("recalibrate",),
+    ("recalibrate", "costs", "pruning"),
     ("cocktail", "averaging"),
     ("tasks", "data"),
     ("methods",),
-    ("checkpoint", "config"),
-    ("stepping", "run_folder", "report", "stopping"),
+    ("checkpoint", "config", "callbacks"),
+    ("preparation", "stepping", "run_folder", "report", "stopping"),
     ("engine",),
-    ("plots",),
+    ("plots", "ablation"),
+    ("ablation_plots",),
+    ("page",),
     ("cli",),
 )
 LEVEL = {module: level for level, row in enumerate(ORDER) for module in row}

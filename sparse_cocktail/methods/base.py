@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -19,12 +19,20 @@ from torch import Tensor, nn
 
 from ..cocktail import Cocktail
 from ..data import Data, generator_for
+from ..distributed import from_rank_0
 from ..files import read_tensors, write_tensors
 from ..modules import evaluating
 from ..recalibrate import recalibrate
 from ..tasks import Task
 
-__all__ = ["Context", "Method", "Pass", "Stage"]
+__all__ = ["Context", "Method", "Pass", "Stage", "option"]
+
+
+def option(default: Any, text: str) -> Any:
+    """A recipe field with its help text, inside a dataclass."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -52,8 +60,11 @@ class Pass:
     Attributes:
         subnet: name of the subnet that computes.
         weight: factor of its loss.
-        teacher: distil from "dense" (a forward without gradient in batch statistics) or from an
-            earlier pass of the same step, by index; the loss is then half task, half distillation.
+        teacher: distil from "dense" (a forward without gradient in batch statistics), from an
+            earlier pass of the same step, by index, or from "previous": the last pass of the step
+            before, which had `keep` set, and whose batch is used again. The loss is then half
+            task, half distillation.
+        keep: keep batch and output for the next step.
         loss: replaces the loss; called as loss(output, target, teacher_output).
         transform: changes the input.
         dense_grad: give pruned weights their straight-through gradient.
@@ -62,6 +73,7 @@ class Pass:
     subnet: str
     weight: float = 1.0
     teacher: str | int | None = None
+    keep: bool = False
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     dense_grad: bool = False
@@ -87,6 +99,10 @@ class Context:
     step: int = 0
     steps_per_epoch: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)  # see `count`
+    doing: str = "train"
+    say: Callable[[str], None] = lambda text: None  # one line for the user
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None  # of long work
 
     @property
     def model(self) -> nn.Module:
@@ -104,11 +120,17 @@ class Context:
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
         """Add the seconds spent inside to `seconds[what]`."""
-        start = perf_counter()
+        start, before, self.doing = perf_counter(), self.doing, what
         try:
             yield
         finally:
+            self.doing = before
             self.seconds[what] = self.seconds.get(what, 0.0) + perf_counter() - start
+
+    def count(self, what: str, samples: int) -> None:
+        """Count samples that went "forward" only or forward and "backward", by what is timed."""
+        name = f"{self.doing} {what}"
+        self.samples[name] = self.samples.get(name, 0) + samples
 
     # ---- weights in files of the run -------------------------------------------------------------
 
@@ -146,20 +168,31 @@ class Context:
     # ---- measuring subnets -----------------------------------------------------------------------
 
     def calibration(self, samples: int | None = None) -> list[Tensor]:
-        """Batches for BatchNorm statistics; the config's number of samples by default."""
+        """Batches for BatchNorm statistics; the config's number of samples by default.
+
+        No batch at all (0 samples) stands for the statistics that the model holds.
+        """
         samples = self.config.recalibrate_samples if samples is None else samples
+        if samples == 0:
+            return []
         return self.data.calibration(samples, max(self.config.batch_size, 256))
 
     @torch.no_grad()
     def accuracy(self, split: str) -> float:
-        """Mean metric of the active subnet on "holdout" or "test", in percent."""
+        """Mean metric of the active subnet on "holdout" or "test", in percent.
+
+        Every rank measures, and gets what rank 0 found: on its own BatchNorm statistics another
+        rank may differ, and choices by these scores must be the same on all.
+        """
         total, count = 0.0, 0
         with evaluating(self.model):
             for inputs, targets in getattr(self.data, split).batches(1024):
                 score, samples = self.task.metric(self.model(inputs), targets)
                 total, count = total + float(score), count + samples
-        return 100.0 * total / count
+                self.count("forward", len(inputs))
+        return from_rank_0(100.0 * total / count, self.device)
 
+    @torch.no_grad()
     def measure(
         self, names: list[str], split: str, calibration: list[Tensor] | None = None
     ) -> dict[str, float]:
@@ -169,18 +202,32 @@ class Context:
         `calibration` list measures with the statistics the model holds.
         """
         batches = self.calibration() if calibration is None else calibration
-        scores = {}
-        with self.cocktail.preserved_statistics():
+        cocktail, statistics = self.cocktail, {}
+        totals, count = dict.fromkeys(names, 0.0), 0
+        with cocktail.preserved_statistics(), evaluating(self.model):
             for name in names:
-                self.cocktail.activate(name)
+                cocktail.activate(name)
                 if batches:
                     recalibrate(self.model, batches)
-                scores[name] = self.accuracy(split)
-        return scores
+                    self.count("forward", sum(map(len, batches)))
+                statistics[name] = [t.clone() for t in cocktail.statistics()]
+            for inputs, targets in getattr(self.data, split).batches(1024):  # each loaded once
+                for name in names:
+                    cocktail.activate(name)
+                    for mine, own in zip(cocktail.statistics(), statistics[name], strict=True):
+                        mine.copy_(own)
+                    score, samples = self.task.metric(self.model(inputs), targets)
+                    totals[name] += float(score)
+                    self.count("forward", len(inputs))
+                count += samples
+        return {n: from_rank_0(100.0 * t / count, self.device) for n, t in totals.items()}
 
 
 class Method:
     """Base of all methods. `Options` are its recipe fields, `State` is what a resume needs."""
+
+    # Fields by the name of a procedure, such as "paper": what `sparse-cocktail train --paper` sets.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
     @dataclass
     class Options:
@@ -229,9 +276,12 @@ class Method:
 
     def final_accuracies(self, ctx: Context) -> dict[str, float]:
         """Recalibrate every subnet for good and measure it on the test set."""
-        scores = {}
-        for name, subnet in ctx.cocktail.subnets.items():
-            ctx.cocktail.recalibrate(name, ctx.calibration())
+        scores, batches = {}, ctx.calibration()
+        for index, (name, subnet) in enumerate(ctx.cocktail.subnets.items()):
+            ctx.progress("measure", index, len(ctx.cocktail.subnets))
+            if batches:
+                ctx.cocktail.recalibrate(name, batches)
+                ctx.count("forward", sum(map(len, batches)))
             with ctx.cocktail.using(name):
                 scores[name] = subnet.accuracy = ctx.accuracy("test")
         return scores

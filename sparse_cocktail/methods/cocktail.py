@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 
-import torch
-
 from ..averaging import ALPHAS, greedy_interpolation
-from ..patterns import NM, Channel, Unstructured, parse
-from ..schedules import cosine, cyclic_cosine, geometric_density, length_in_steps
+from ..patterns import parse
+from ..schedules import cosine, cyclic_cosine, keep_count, length_in_steps
 from ..selection import check_ranks_agree, eligible, unified_stage
 from .base import Context, Method, Pass, Stage
+from .cocktail_options import PAPER, PARITY, CocktailOptions
+from .consolidation import draw_subnets
 
 __all__ = ["SparseCocktail"]
 
@@ -27,47 +27,8 @@ def pool_file(stage: int) -> str:
 class SparseCocktail(Method):
     """Iterative pruning with rewinding, dense-pivot co-training, interpolation, consolidation."""
 
-    @dataclass
-    class Options:
-        stages: int = field(default=10, metadata={"help": "pruning stages after the dense one"})
-        prune_unstructured: float = field(
-            default=0.2, metadata={"help": "share of the remaining weights removed per stage"}
-        )
-        prune_channel: float = field(
-            default=0.1, metadata={"help": "share of the remaining channels removed per stage"}
-        )
-        nm: dict = field(
-            default_factory=lambda: {"1:2": 2, "2:4": 5, "4:8": 8},
-            metadata={"help": "N:M patterns and the stage that makes each"},
-        )
-        beta: float = field(
-            default=0.8, metadata={"help": "share of the unstructured mask in channel scores"}
-        )
-        nested_channels: bool = field(
-            default=False, metadata={"help": "choose channels among the previous stage's only"}
-        )
-        rewind: int = field(
-            default=1, metadata={"help": "completed epochs of stage 0 that stages rewind to"}
-        )
-        first_cycle: float = field(
-            default=2 / 3, metadata={"help": "first cosine: epochs (int) or share of a stage"}
-        )
-        cycle: float = field(
-            default=1 / 6, metadata={"help": "cosine restarts: epochs (int) or share of a stage"}
-        )
-        restart_lr: float = field(default=0.01, metadata={"help": "learning rate of restarts"})
-        min_lr: float = field(default=0.001, metadata={"help": "learning rate at a cycle's end"})
-        search_samples: int = field(
-            default=256,
-            metadata={"help": "samples to recalibrate BatchNorm in the search (0: mix statistics)"},
-        )
-        consolidate: float = field(
-            default=1.0,
-            metadata={"help": "train all subnets together at the end: share of a stage (0: off)"},
-        )
-        consolidate_lr: float = field(
-            default=0.5, metadata={"help": "its initial learning rate, as a share of lr"}
-        )
+    Options = CocktailOptions
+    PRESETS = {"paper": PAPER, "parity": PARITY}
 
     @dataclass
     class State:
@@ -78,7 +39,8 @@ class SparseCocktail(Method):
 
     def plan(self, ctx: Context) -> list[Stage]:
         o, config = ctx.options, ctx.config
-        self._check(ctx)
+        o.check(config.epochs)
+        self._report_ineligible(ctx)
         lengths = (o.first_cycle, o.cycle)
         first, cycle = (length_in_steps(x, config.epochs, ctx.steps_per_epoch) for x in lengths)
         lr = partial(
@@ -89,54 +51,25 @@ class SparseCocktail(Method):
             restart_lr=o.restart_lr,
             min_lr=o.min_lr,
         )
+        start = REWIND if o.rewind else None
         stages = [Stage("dense", config.epochs, lr)]
-        stages += [Stage(f"stage {k}", config.epochs, lr, REWIND) for k in range(1, o.stages + 1)]
+        stages += [Stage(f"stage {k}", config.epochs, lr, start) for k in range(1, o.stages + 1)]
         if o.consolidate:
             epochs = max(1, round(o.consolidate * config.epochs))
             steps = epochs * ctx.steps_per_epoch
-            start = o.consolidate_lr * config.lr
-            stages.append(
-                Stage("consolidate", epochs, lambda t: cosine(start, o.min_lr, t / steps))
-            )
+            peak = o.consolidate_lr * config.lr
+            stages.append(Stage("consolidate", epochs, lambda t: cosine(peak, o.min_lr, t / steps)))
         return stages
 
-    def _check(self, ctx: Context) -> None:
-        o = ctx.options
-        if o.stages < 1:
-            raise ValueError(f"cocktail: stages={o.stages} is below 1; 10 is the paper's number")
-        if not 1 <= o.rewind <= ctx.config.epochs:
-            raise ValueError(
-                f"cocktail: rewind={o.rewind} is not in [1, epochs={ctx.config.epochs}]; it counts "
-                "completed epochs of stage 0"
-            )
-        for name in ("prune_unstructured", "prune_channel"):
-            if not 0.0 < getattr(o, name) < 1.0:
-                raise ValueError(f"cocktail: {name}={getattr(o, name)} is not in (0, 1)")
-        if not 0.0 <= o.beta <= 1.0:
-            raise ValueError(f"cocktail: beta={o.beta} is not in [0, 1]; the paper uses 0.8")
-        ladder = [str(p) for k in range(1, o.stages + 1) for p in self._patterns(o, k)]
-        if len(set(ladder)) < len(ladder):
-            raise ValueError(
-                f"cocktail: stages={o.stages} gives two subnets the same name (four decimals); use "
-                "fewer stages or smaller shares"
-            )
-        made_at = list(o.nm.values())
-        if any(type(stage) is not int or stage < 1 for stage in made_at) or len(set(made_at)) < len(
-            made_at
-        ):
-            raise ValueError(
-                f"cocktail: nm={o.nm} must give every pattern a stage of its own, a whole number "
-                'from 1 on, as in {"1:2": 2, "2:4": 5}'
-            )
-        for name, stage in o.nm.items():
-            pattern = parse(name)
-            if not isinstance(pattern, NM):
-                raise ValueError(f"cocktail: nm has {name!r}, which is no N:M pattern such as 2:4")
-            if stage > o.stages:
+    def _report_ineligible(self, ctx: Context) -> None:
+        """Log what the N:M patterns leave dense, before the first step."""
+        for name, stage in ctx.options.nm.items():
+            if stage > ctx.options.stages:
                 ctx.log("not_made", pattern=name, reason=f"stage {stage} is beyond the last")
+                ctx.say(f"{name} is not made: its stage {stage} is beyond the last, see --nm")
                 continue
             for layer, module in ctx.cocktail.layers.items():
-                if reason := eligible(module.weight.shape, pattern):
+                if reason := eligible(module.weight.shape, parse(name)):
                     ctx.log("left_dense", pattern=name, layer=layer, reason=reason)
 
     def before_stage(self, ctx: Context) -> None:
@@ -147,20 +80,22 @@ class SparseCocktail(Method):
     def _make_masks(self, ctx: Context, k: int) -> None:
         """P_k: the masks of stage k from the weights that the stage before trained."""
         o, cocktail = ctx.options, ctx.cocktail
-        unstructured, channel = self._patterns(o, k)
+        unstructured, channel = o.patterns(k)
         new_nm = next((parse(name) for name, stage in o.nm.items() if stage == k), None)
-        previous = [str(p) for p in self._patterns(o, k - 1)] if k > 1 else None
+        previous = [str(p) for p in o.patterns(k - 1)] if k > 1 else None
         rows = {name: subnet.row for name, subnet in cocktail.subnets.items()}
+        last_u, last_c = (rows[name] for name in previous) if previous else (None, None)
+        keep, channel_keep = self._counts(ctx, k, last_u, last_c)
         u, c, n = unified_stage(
             cocktail.bank,
-            unstructured,
-            channel,
+            keep,
+            channel_keep,
             new_nm,
             o.beta,
-            within=rows[previous[0]] if previous else None,
+            within=last_u,
             nm_from=rows[self.state.nm_now] if self.state.nm_now else None,
-            nested_channels_from=rows[previous[1]] if previous and o.nested_channels else None,
-            outputs=cocktail.outputs,
+            channels_within=last_c if o.nested_channels else None,
+            unified=o.umg,
         )
         cocktail.add(unstructured, u, stage=k)
         cocktail.add(channel, c, stage=k)
@@ -168,33 +103,50 @@ class SparseCocktail(Method):
             self.state.nm_now = cocktail.add(new_nm, n, stage=k).name
         check_ranks_agree("".join(cocktail.bank.digest(i) for i in range(len(cocktail.bank))))
 
-    @staticmethod
-    def _patterns(o: SparseCocktail.Options, k: int) -> tuple[Unstructured, Channel]:
-        return (
-            Unstructured(1.0 - geometric_density(o.prune_unstructured, k)),
-            Channel(1.0 - geometric_density(o.prune_channel, k)),
-        )
+    def _counts(
+        self, ctx: Context, k: int, last_u: int | None, last_c: int | None
+    ) -> tuple[int, list[int]]:
+        """Weights to keep over all layers, and channels to keep in each."""
+        o, bank, outputs = ctx.options, ctx.cocktail.bank, ctx.cocktail.outputs
+        widths = [w.shape[0] for w in bank.weights]
+        if o.counts == "exact":
+            densities = [pattern.density for pattern in o.patterns(k)]
+            keep = keep_count(densities[0], bank.numel)
+            channels = [keep_count(densities[1], width) for width in widths]
+        else:  # the next step from what the last one left; "above the k-th" leaves k - 1
+            left = [1.0 if r is None else bank.count(r) / bank.numel for r in (last_u, last_c)]
+            left_u, left_c = left[0] * (1 - o.prune_unstructured), left[1] * (1 - o.prune_channel)
+            keep = max(1, int(bank.numel * left_u) - 1)
+            channels = [max(1, int(width * left_c) - 1) for width in widths]
+        for i in outputs:
+            channels[i] = widths[i]
+        return keep, channels
 
     # ---- steps -----------------------------------------------------------------------------------
 
     def step(self, ctx: Context) -> list[Pass]:
+        o, turn = ctx.options, ctx.step_in_epoch
         if ctx.stage == 0:
             return [Pass("dense")]
-        if ctx.stage > ctx.options.stages:
+        if ctx.stage > o.stages:
             return self._consolidation_step(ctx)
-        turn = ctx.step_in_epoch
-        if turn % 2 == 0:
-            return [Pass("dense")]  # the pivot
-        unstructured, channel = map(str, self._patterns(ctx.options, ctx.stage))
+        unstructured, channel = map(str, o.patterns(ctx.stage))
         # before the first N:M mask its turn is the dense network's: 1:1
         order = (unstructured, channel, self.state.nm_now or "dense")
-        return [Pass(order[(turn - 1) // 2 % 3], teacher="dense")]
+        if not o.dense_pivot:
+            name = ("dense", *order)[turn % 4]
+            return [Pass(name, teacher="dense" if o.distill and turn % 4 else None)]
+        if turn % 2 == 0:
+            return [Pass("dense", keep=o.pair_batches)]  # the pivot
+        teacher = ("previous" if o.pair_batches else "dense") if o.distill else None
+        return [Pass(order[(turn - 1) // 2 % 3], teacher=teacher)]
 
     def _consolidation_step(self, ctx: Context) -> list[Pass]:
-        """The pivot and two subnets of any stage and pattern, taught by the pivot's logits."""
-        sparse = [name for name in ctx.cocktail.subnets if name != "dense"]
-        drawn = torch.randperm(len(sparse), generator=ctx.generator())[:2].tolist()
-        return [Pass("dense"), *(Pass(sparse[i], weight=0.5, teacher=0) for i in drawn)]
+        """The pivot and some subnets of any stage and pattern, taught by the pivot's logits."""
+        o = ctx.options
+        teacher = 0 if o.distill else None
+        drawn = draw_subnets(ctx, o.consolidate_subnets, o.consolidate_draw)
+        return [Pass("dense"), *(Pass(n, o.consolidate_weight, teacher) for n in drawn)]
 
     def after_epoch(self, ctx: Context) -> None:
         if ctx.stage == 0 and ctx.epoch + 1 == ctx.options.rewind:
@@ -205,7 +157,7 @@ class SparseCocktail(Method):
     def after_stage(self, ctx: Context) -> None:
         if ctx.stage <= ctx.options.stages:
             ctx.save_weights(pool_file(ctx.stage))
-        if ctx.stage == ctx.options.stages:
+        if ctx.stage == ctx.options.stages and ctx.options.interpolation:
             with ctx.timed("interpolate"):
                 self._interpolate(ctx)
 
@@ -214,20 +166,36 @@ class SparseCocktail(Method):
         o, cocktail = ctx.options, ctx.cocktail
         calibration = ctx.calibration(o.search_samples) if o.search_samples else []
 
+        candidates = (o.stages - 1) * (len(ALPHAS) if o.abandon else len(ALPHAS) - 1)
+        scored = 0
+
         def score(state, stage: int) -> float:
+            nonlocal scored
+            ctx.progress("interpolate", scored, candidates)
+            scored += 1
             ctx.model.load_state_dict(state)
             found = [n for n, s in cocktail.subnets.items() if (s.stage or 0) <= stage]
-            scores = ctx.measure(found, "holdout", calibration)
-            return sum(scores.values()) / len(scores)
+            return self._objective(o, stage, ctx.measure(found, "holdout", calibration))
 
         cocktail.activate("dense")
         pool = ((k, ctx.read_weights(pool_file(k))) for k in range(1, o.stages + 1))
-        state, choices = greedy_interpolation(pool, score, ALPHAS)
+        state, choices = greedy_interpolation(pool, score, ALPHAS, o.abandon)
         self.state.choices = [vars(choice) for choice in choices]
         for choice in choices:
             ctx.log("interpolate", stage=choice.stage, alpha=choice.alpha, score=choice.score)
         ctx.model.load_state_dict(state)
         ctx.save_weights(INTERPOLATED)
+
+    def _objective(self, o: CocktailOptions, stage: int, scores: dict[str, float]) -> float:
+        """Mean over the distinct subnets; or over stages, each with dense and its three subnets."""
+        if o.objective == "distinct":
+            weights = {name: o.dense_weight if name == "dense" else 1.0 for name in scores}
+            return sum(weights[n] * s for n, s in scores.items()) / sum(weights.values())
+        total = 0.0
+        for k in range(1, stage + 1):
+            names = ["dense", *map(str, o.patterns(k)), o.nm_at(k)]  # no N:M yet: counts as 0
+            total += sum(scores[name] for name in names if name) / 4
+        return total / stage
 
     def finish(self, ctx: Context) -> dict[str, dict[str, float]]:
         cocktail, scores = ctx.cocktail, {name: {} for name in ctx.cocktail.subnets}
@@ -238,9 +206,10 @@ class SparseCocktail(Method):
             own = [name for name, subnet in cocktail.subnets.items() if (subnet.stage or 0) == k]
             for name, accuracy in ctx.measure(own, "test").items():
                 scores[name]["accuracy_own"] = accuracy
-        ctx.model.load_state_dict(ctx.read_weights(INTERPOLATED))
-        for name, accuracy in ctx.measure(list(scores), "test").items():
-            scores[name]["accuracy_interpolated"] = accuracy
+        if ctx.options.interpolation:
+            ctx.model.load_state_dict(ctx.read_weights(INTERPOLATED))
+            for name, accuracy in ctx.measure(list(scores), "test").items():
+                scores[name]["accuracy_interpolated"] = accuracy
         ctx.model.load_state_dict(final)
         for name, accuracy in self.final_accuracies(ctx).items():
             scores[name]["accuracy"] = accuracy

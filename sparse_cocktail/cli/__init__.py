@@ -1,0 +1,30 @@
+"""The command `sparse-cocktail`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from . import ablate, menu, pictures, train  # noqa: F401 - they register their commands
+from .base import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command; errors a user can mend are one line, not a traceback."""
+    from ..ablation import RunFailed
+    from ..engine import Interrupted
+    from ..selection import MasksDiffer
+
+    known = (ValueError, KeyError, TypeError, OSError, FloatingPointError, RunFailed, MasksDiffer)
+    try:
+        app()
+    except known as error:
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        errors = Console(stderr=True)
+        errors.print("error: ", style="bold red", end="")
+        errors.print(str(text), highlight=False, markup=False, soft_wrap=True)
+        raise SystemExit(2) from error
+    except Interrupted as stop:
+        Console(stderr=True).print(str(stop), highlight=False, markup=False)
+        raise SystemExit(128 + stop.number) from stop

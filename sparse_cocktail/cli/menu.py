@@ -1,0 +1,211 @@
+"""Commands over a finished run or a cocktail file: eval, export, info."""
+
+from __future__ import annotations
+
+import platform
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .base import app, console
+
+FileArgument = Annotated[Path, typer.Argument(help="cocktail.safetensors, or the folder of a run")]
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="package.module:function, when the model is your own")
+]
+
+
+def _load(path: Path, model: str = ""):
+    """The cocktail of a file or run; your own model is built as the run built it."""
+    from .. import models
+    from ..cocktail import Cocktail
+    from ..cocktail_file import read_cocktail
+
+    if path.is_dir():
+        if not (path / "cocktail.safetensors").is_file():
+            raise ValueError(
+                f"{path} holds no finished run; for an interrupted one: sparse-cocktail resume "
+                f"{path}"
+            )
+        path = path / "cocktail.safetensors"
+    if not model:
+        return Cocktail.load(path)
+    header, _ = read_cocktail(path)
+    arguments = header["extra"].get("config", {}).get("model_args")
+    return Cocktail.load(path, models.create(model, arguments))
+
+
+def _data_of(cocktail, data: str | None = None, folder: str | None = None):
+    """The data set of the run that made a cocktail, unless others are given."""
+    from .. import data as data_sets
+
+    config = cocktail.extra.get("config", {})
+    name = data or config.get("data")
+    if name is None or name.startswith("custom:"):
+        raise ValueError("the file names no data set that can be loaded; give --data")
+    folder = config.get("data_dir", "") if folder is None else folder
+    return data_sets.load(name, folder, config.get("workers", 0))
+
+
+@app.command("eval")
+def evaluate(
+    file: FileArgument,
+    subnet: Annotated[
+        list[str] | None, typer.Option(help="only these; may be repeated (default: all)")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="data set (default: that of the run)")] = None,
+    data_dir: Annotated[str | None, typer.Option(help="folder with the files of the data")] = None,
+    split: Annotated[str, typer.Option(help="train, holdout or test")] = "test",
+    model: ModelOption = "",
+) -> None:
+    """Measure the subnets of a saved cocktail."""
+    import torch
+
+    from ..tasks import Classification
+
+    if split not in ("train", "holdout", "test"):
+        raise ValueError(f"eval: split={split!r} is not one of train, holdout, test")
+    cocktail = _load(file, model)
+    samples = getattr(_data_of(cocktail, data, data_dir), split)
+    table = Table("subnet", "sparsity", "accuracy", "parameters", title=f"{file} on {split}")
+    sizes = {row["name"]: row for row in cocktail.summary()}
+    for name in [cocktail.subnet(name).name for name in subnet or cocktail.subnets]:
+        cocktail.activate(name)
+        cocktail.model.eval()
+        with torch.no_grad():
+            parts = [
+                Classification().metric(cocktail.model(x), y) for x, y in samples.batches(1024)
+            ]
+        accuracy = 100.0 * sum(float(s) for s, _ in parts) / sum(n for _, n in parts)
+        row = sizes[name]
+        table.add_row(
+            name, f"{100 * row['sparsity']:.1f} %", f"{accuracy:.2f}", f"{row['parameters']:,}"
+        )
+    console.print(table)
+
+
+@app.command()
+def export(
+    file: FileArgument,
+    out: Annotated[Path, typer.Option(help="FILE.safetensors (weights) or FILE.pt2 (program)")],
+    subnet: Annotated[str, typer.Argument(help="name, such as 2:4; or set limits")] = "",
+    max_flops: Annotated[float | None, typer.Option(help="multiply-adds per sample")] = None,
+    max_bytes: Annotated[
+        float | None,
+        typer.Option(help="bytes of its kept weights and mask, as in info; the file has zeros too"),
+    ] = None,
+    max_ms: Annotated[float | None, typer.Option(help="milliseconds for one sample, here")] = None,
+    sample: Annotated[
+        str, typer.Option(help="input shape without batch, 3,32,32 (default: that of the data)")
+    ] = "",
+    model: ModelOption = "",
+) -> None:
+    """Write one subnet as a plain PyTorch network, its mask baked in.
+
+    Instead of a name, limits pick the most accurate subnet that keeps to all of them.
+    """
+    import torch
+
+    from ..files import write_atomic, write_tensors
+
+    limits = {"max_flops": max_flops, "max_bytes": max_bytes, "max_ms": max_ms}
+    if bool(subnet) == any(limit is not None for limit in limits.values()):
+        raise ValueError(
+            "export: give either the name of a subnet or limits (--max-flops, --max-bytes, "
+            "--max-ms)"
+        )
+    cocktail = _load(file, model)
+    if not subnet:
+        by_size = max_flops is None and max_ms is None
+        example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))
+        subnet = cocktail.pick(**limits, example_input=example).name
+    network = cocktail.export(subnet)
+    if out.suffix == ".safetensors":
+        facts = {"factory": getattr(network, "factory", None), "subnet": subnet}
+        write_tensors(out, network.state_dict(), facts)
+    elif out.suffix == ".pt2":
+        inputs = torch.zeros(2, *_sample_shape(cocktail, sample))
+        batch = torch.export.Dim("batch")
+        program = torch.export.export(network, (inputs,), dynamic_shapes=({0: batch},))
+        write_atomic(out, lambda stream: torch.export.save(program, stream))
+    else:
+        raise ValueError(f"export: out={out} must end in .safetensors or .pt2")
+    (row,) = [r for r in cocktail.summary() if r["name"] == cocktail.subnet(subnet).name]
+    console.print(
+        f"{row['name']} of {file} -> {out} ({row['nnz']:,} weights kept in the masked layers, "
+        "zeros in place)",
+        soft_wrap=True,
+    )
+
+
+def _sample_shape(cocktail, sample: str) -> tuple[int, ...]:
+    """Shape of one input: as given, else that of the run's data set."""
+    if not sample:
+        try:
+            return _data_of(cocktail).sample_shape
+        except ValueError as error:
+            raise ValueError(
+                f"export: the shape of an input is not known ({error}); give --sample, such as "
+                "3,32,32"
+            ) from error
+    if not re.fullmatch(r"\d+([x,]\d+)*", sample):
+        raise ValueError(f"export: sample={sample!r} is no shape such as 3,32,32")
+    return tuple(int(part) for part in re.split("[x,]", sample))
+
+
+@app.command()
+def info(
+    file: Annotated[
+        Path | None,
+        typer.Argument(help="a cocktail or the folder of a run (default: this machine)"),
+    ] = None,
+    model: ModelOption = "",
+) -> None:
+    """Say what is active on this machine, or what a cocktail file holds."""
+    if file is None:
+        _machine()
+        return
+    cocktail = _load(file, model)
+    columns = ("subnet", "sparsity", "nnz", "parameters", "bytes", "accuracy")
+    table = Table(*columns, title=str(file))
+    for row in cocktail.summary():
+        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+        table.add_row(
+            row["name"],
+            f"{100 * row['sparsity']:.1f} %",
+            f"{row['nnz']:,}",
+            f"{row['parameters']:,}",
+            f"{row['bytes']:,}",
+            accuracy,
+        )
+    console.print(table)
+
+
+def _machine() -> None:
+    import torch
+
+    from .. import __version__, ops
+
+    table = Table("what", "value", title="sparse-cocktail")
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    for what, value in {
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "GPU": cuda,
+        "C++ extension": ops.extension_path or "not built: plain PyTorch is used",
+    }.items():
+        table.add_row(what, str(value))
+    console.print(table)
+    kernels = Table("op", "implementations (reference = plain PyTorch)", title="ops")
+    for op in sorted(
+        set(ops.__all__) - {"BACKENDS", "backend", "extension_path", "implementations"}
+    ):
+        kernels.add_row(op, ", ".join(ops.implementations(op)))
+    console.print(kernels)

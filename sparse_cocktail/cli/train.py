@@ -1,0 +1,145 @@
+"""`sparse-cocktail train` with one option per recipe field, and `resume`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .base import app, console
+
+
+def _train(
+    recipe: Annotated[
+        str, typer.Option(help="recipe by name, or a YAML file; its fields can be overridden below")
+    ] = "digits",
+    out: Annotated[Path, typer.Option(help="folder for everything of the run")] = Path(
+        "runs/latest"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="start anew in a folder that holds a run")
+    ] = False,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="the published procedure, with the recipe's lengths")
+    ] = False,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="the published procedure with its public code's quirks")
+    ] = False,
+    plots: Annotated[bool, typer.Option(help="pictures and a web page at the end")] = True,
+    **overrides: Any,
+) -> None:
+    """Train, evaluate every subnet, and leave results, cocktail, log and plots in one folder."""
+    from ..config import apply_preset, read_recipe
+    from ..files import read_json
+
+    if paper and parity:
+        raise ValueError("train: --paper and --parity are two procedures; give one of them")
+    fields = read_recipe(recipe)
+    if resume and (out / "config.json").is_file():
+        fields = read_json(out / "config.json")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    if paper or parity:
+        apply_preset(fields, "parity" if parity else "paper", given)
+    fields.update(given)
+    _run(fields, out, resume, overwrite, plots)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="folder of the interrupted run")],
+    plots: Annotated[bool, typer.Option(help="pictures and a web page at the end")] = True,
+) -> None:
+    """Go on with an interrupted run from its last checkpoint, bit for bit."""
+    from ..files import read_json
+
+    if not (run / "config.json").is_file():
+        raise ValueError(f"resume: {run} holds no run; give the folder that train was writing to")
+    _run(read_json(run / "config.json"), run, True, False, plots)
+
+
+def _run(fields: dict[str, Any], out: Path, resume: bool, overwrite: bool, plots: bool) -> None:
+    """Train with complete fields; rank 0 draws and prints what came out."""
+    from ..distributed import process_group
+    from ..engine import Interrupted, train
+    from ..page import write_page
+    from ..plots import plot_run, results_table
+
+    model, data = fields.pop("model", "resnet8"), fields.pop("data", "digits")
+    request = {"resume": resume, "overwrite": overwrite, "console": console}
+    with process_group(str(fields.get("device", "auto"))) as rank:
+        try:
+            results = train(model, data, out, **request, **fields)
+        except Interrupted as stop:
+            if rank == 0:
+                raise
+            raise SystemExit(128 + stop.number) from stop  # rank 0 says it
+    if rank != 0:
+        return
+    pictures = [*plot_run(out), write_page(out)] if plots else []
+    console.print(results_table(results))
+    seconds = results["seconds"]
+    console.print(
+        f"{len(results['subnets'])} networks in {seconds['total']:.0f} s (mask steps "
+        f"{seconds.get('mask', 0.0):.2f} s): "
+        + ", ".join(map(str, [out / "results.json", out / "cocktail.safetensors", *pictures]))
+    )
+
+
+_METAVAR = {"bool": "true|false", "dict": "JSON", "int": "INT", "float": "NUMBER", "str": "TEXT"}
+
+
+def _field_help(field: dataclasses.Field) -> str:
+    """The field's own words, and its default outside of a recipe."""
+    default = field.default
+    if default is dataclasses.MISSING:
+        default = json.dumps(field.default_factory())
+    shown = f"{default:.4g}" if isinstance(default, float) else str(default).lower()
+    return field.metadata.get("help", "") + (f" (default {shown})" if shown else "")
+
+
+def _with_recipe_options(function: typing.Callable) -> typing.Callable:
+    """Give `train` one option per recipe field, from the fields' own documentation."""
+    from ..config import Config
+    from ..methods import METHODS
+
+    parameters = [
+        p
+        for p in inspect.signature(function, eval_str=True).parameters.values()
+        if p.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    taken = {p.name for p in parameters}
+    groups = [("Recipe", Config), *((f"Method {n}", m.Options) for n, m in METHODS.items())]
+    for panel, kind in groups:
+        for field in dataclasses.fields(kind):
+            if field.name in taken:
+                continue
+            taken.add(field.name)
+            option = typer.Option(
+                f"--{field.name.replace('_', '-')}",
+                help=_field_help(field),
+                rich_help_panel=panel,
+                show_default=False,
+                metavar=_METAVAR.get(str(field.type), str(field.type).upper()),
+            )
+            parameters.append(
+                inspect.Parameter(
+                    field.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=None,
+                    annotation=Annotated[str | None, option],
+                )
+            )
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+app.command("train")(_with_recipe_options(_train))
