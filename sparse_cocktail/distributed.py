@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
+import traceback
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,6 +23,8 @@ __all__ = ["from_rank_0", "gather", "mean", "own_device", "process_group", "repl
 # torchrun ends the others. Ranks do the same work, so none waits long for another.
 TIMEOUT = timedelta(minutes=10)
 
+_replicas: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
+
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -33,7 +38,8 @@ def process_group(device: str = "auto") -> Iterator[int]:
     """Inside, the processes that torchrun started are one group; yields this process's rank.
 
     The group uses nccl where the run is on GPUs, gloo elsewhere, and ends with the block, errors
-    included. Without torchrun, or in a group that exists already, nothing is changed.
+    included: replicas made inside cannot be trained after it. Without torchrun, or in a group that
+    exists already, nothing is changed.
 
     Args:
         device: the recipe's field; auto and cuda mean a GPU of its own for every process.
@@ -55,6 +61,7 @@ def process_group(device: str = "auto") -> Iterator[int]:
                 "every process its own, or cpu"
             )
         torch.cuda.set_device(device)
+    importlib.import_module("torch._dynamo")  # DDP imports it; inside, it would hold the group
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     rank = dist.get_rank()
     try:
@@ -62,12 +69,24 @@ def process_group(device: str = "auto") -> Iterator[int]:
     except RuntimeError as error:
         if not _is_lost_connection(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # they hold the group
         raise ConnectionError(
             f"rank {rank} stops because another of the {world} processes is gone, whose own "
             f"message says why; go on with --resume ({error})"
         ) from error
     finally:
-        dist.destroy_process_group()
+        _end_process_group()
+
+
+def _end_process_group() -> None:
+    """End the group and its threads.
+
+    The threads end with the last owner of the group, and DDP's reducer is one. A thread of gloo
+    that still lets go of tensors while Python ends would abort the process.
+    """
+    for replica in _replicas:
+        replica.reducer = replica.logger = replica.process_group = None
+    dist.destroy_process_group()
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -94,7 +113,9 @@ def replicate(network: nn.Module) -> nn.Module:
     # torch 2.13 renames the option, and warns at the old name
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(network, **{option: False})
+    replica = DistributedDataParallel(network, **{option: False})
+    _replicas.add(replica)
+    return replica
 
 
 # ---- what ranks share: every rank calls these ----------------------------------------------------
