@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .ops.rows import row_views
 from .reference import bits_shape
 
 __all__ = ["MaskBank"]
@@ -19,6 +20,10 @@ class MaskBank:
 
     Every row is one flat int32 tensor; `views(row)` are its per-weight bits (out, taps, words),
     which share its memory. Rows never move: adding one leaves the others at their address.
+
+    Selections write rows in place. After the first one they allocate nothing, and where `keep` and
+    `channel_keep` are tensors on the device of the weights they do not wait for it either: a CUDA
+    graph can capture them, and replays rank the values that the weights hold then.
 
     Args:
         weights: tensors (out, in, *taps) of one dtype and device. They are held, not copied: a
@@ -31,6 +36,8 @@ class MaskBank:
         self._sizes = [out * taps * words for out, taps, words in self.shapes]
         self._rows: list[Tensor] = []
         self._views: list[list[Tensor]] = []
+        self._scratch: Tensor | None = None
+        self._scratch_suits: tuple | None = None  # what the scratch was made for
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -46,7 +53,7 @@ class MaskBank:
         flat = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
         self._follow_weights()
         self._rows.append(flat)
-        self._views.append(self._split(flat))
+        self._views.append(row_views(flat, self.weights))
         row = len(self._rows) - 1
         if bits is not None:
             self.set_(row, bits)
@@ -66,11 +73,7 @@ class MaskBank:
         """Move the rows when the weights have moved to another device."""
         if self.weights and self._rows and self._rows[0].device != self.weights[0].device:
             self._rows = [flat.to(self.weights[0].device) for flat in self._rows]
-            self._views = [self._split(flat) for flat in self._rows]
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split(self._sizes)
-        return [p.view(s) for p, s in zip(parts, self.shapes, strict=True)]
+            self._views = [row_views(flat, self.weights) for flat in self._rows]
 
     def set_(self, row: int, bits: Sequence[Tensor]) -> None:
         """Overwrite a row in place with bits, one tensor per weight."""
@@ -81,42 +84,92 @@ class MaskBank:
             )
         torch._foreach_copy_(self.views(row), list(bits))
 
+    # ---- selections ------------------------------------------------------------------------------
+
     def topk_(self, row: int, keep: int | Tensor, within: int | None = None) -> None:
-        """Keep the `keep` largest |w| over all weights together; `within` = a row of candidates."""
-        candidates = None if within is None else self.views(within)
-        self.set_(row, ops.topk_masks(self._values(), int(keep), candidates))
+        """Keep the `keep` largest |w| over all weights together.
+
+        Args:
+            row: the row that is written; it may be `within` itself.
+            keep: a count, or an int64 tensor () on the device, which is clamped to [0, numel].
+            within: a row of candidates; where fewer are eligible, all of them are kept.
+        """
+        if self.weights:
+            candidates = None if within is None else self.flat(within)
+            keep = self._count("topk_", keep)
+            ops.topk_row_(self._values(), keep, candidates, self.flat(row), self._memory())
 
     def nm_(self, row: int, n: int, m: int) -> None:
         """Keep n of every m along `in`; a weight with in % m != 0 is an error."""
-        self.set_(row, [ops.nm_mask(w, n, m) for w in self._values()])
+        if self.weights:
+            ops.nm_row_(self._values(), n, m, self.flat(row), self._memory())
 
     def unified_(
         self,
         rows: tuple[int, int | None, int],
-        keep: int,
+        keep: int | Tensor,
         nm: tuple[int, int] | None,
-        channel_keep: Sequence[int],
+        channel_keep: Sequence[int] | Tensor,
         beta: float = 0.8,
         within: int | None = None,
         nm_from: int | None = None,
     ) -> None:
         """Unified mask generation into the (unstructured, N:M, channel) rows.
 
-        A row None is not written. `within` = row of candidates for the unstructured mask,
-        `nm_from` = row that holds the N:M mask when `nm` is None.
+        Args:
+            rows: the rows that are written; N:M may be None where `nm` is.
+            keep: weights that the unstructured mask keeps, as in `topk_`.
+            nm: (n, m) for fresh N:M masks, where in % m == 0 (other layers keep everything).
+            channel_keep: channels to keep per weight; ints, or int64 (weights,) on the device.
+            beta: share of the unstructured mask in the channel score.
+            within: row of candidates for the unstructured mask.
+            nm_from: row that holds the N:M mask when `nm` is None; without it nothing is pruned.
         """
-        masks = ops.unified_masks(
+        if not self.weights:
+            return
+        if not isinstance(channel_keep, Tensor):
+            for index, (count, weight) in enumerate(zip(channel_keep, self.weights, strict=True)):
+                if not 0 <= count <= weight.shape[0]:
+                    raise ValueError(
+                        f"MaskBank.unified_: channel_keep[{index}]={count} is not in [0, "
+                        f"{weight.shape[0]}], the number of output channels; give a count"
+                    )
+            channel_keep = torch.tensor(channel_keep, device=self.weights[0].device)
+        u, n, c = (None if row is None else self.flat(row) for row in rows)
+        ops.unified_rows_(
             self._values(),
-            keep,
-            nm,
+            self._count("unified_", keep),
+            list(nm or ()),
             channel_keep,
             beta,
-            None if within is None else self.views(within),
-            None if nm_from is None else self.views(nm_from),
+            None if within is None else self.flat(within),
+            None if nm_from is None else self.flat(nm_from),
+            u,
+            n,
+            c,
+            self._memory(),
         )
-        for row, bits in zip(rows, masks, strict=True):
-            if row is not None:
-                self.set_(row, bits)
+
+    def _count(self, name: str, keep: int | Tensor) -> Tensor:
+        if isinstance(keep, Tensor):
+            return keep
+        if not 0 <= keep <= self.numel:
+            raise ValueError(
+                f"MaskBank.{name}: keep={keep} is not in [0, {self.numel}], the number of weights; "
+                "give a count, for example round(density * bank.numel)"
+            )
+        return torch.tensor(keep, device=self.weights[0].device)
+
+    def _memory(self) -> Tensor:
+        """Scratch memory that suits the weights where they are now."""
+        backend = ops.chosen("topk_row_", self.weights[0].device)
+        addresses = [weight.data_ptr() for weight in self.weights]
+        suits = (backend, torch.get_num_threads(), self.weights[0].dtype, addresses)
+        if suits != self._scratch_suits:
+            self._scratch, self._scratch_suits = ops.workspace(self._values()), suits
+        return self._scratch
+
+    # ---- facts -----------------------------------------------------------------------------------
 
     def count(self, row: int) -> int:
         """Number of weights the row keeps."""

@@ -13,7 +13,7 @@ Nothing here checks its input: `ops` does, once for all backends.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -153,11 +153,15 @@ def _saturating_scale(value: Tensor, factor: int) -> Tensor:
     return torch.where(value <= _LARGEST // factor, value * factor, _LARGEST)
 
 
+def beta_shares(beta: float) -> tuple[int, int]:
+    """Integer weights of the two sums of a channel score: beta = 0.8 gives 4 : 1."""
+    share = Fraction(beta).limit_denominator(1000)
+    return share.numerator, share.denominator - share.numerator
+
+
 def channel_scores(
     weights: Sequence[Tensor], unstructured: Sequence[Tensor], nm: Sequence[Tensor], beta: float
 ) -> list[Tensor]:
-    share = Fraction(beta).limit_denominator(1000)  # beta = 0.8 -> integer weights 4 : 1
-    parts = share.numerator, share.denominator - share.numerator
     scores = []
     for weight, *masks in zip(weights, unstructured, nm, strict=True):
         fixed = _fixed(weight_view(weight))
@@ -166,7 +170,7 @@ def channel_scores(
                 _saturating_sum(torch.where(_unpack_view(bits, weight.shape[1]), fixed, 0), (1, 2)),
                 part,
             )
-            for bits, part in zip(masks, parts, strict=True)
+            for bits, part in zip(masks, beta_shares(beta), strict=True)
         ]
         total = sums[0] + sums[1]
         scores.append(torch.where(total < 0, _LARGEST, total))  # two's complement wrapped: too big
@@ -226,13 +230,10 @@ def unified_masks(
     beta: float,
     within: Sequence[Tensor] | None,
     nm_bits: Sequence[Tensor] | None,
-    select: Callable = topk_masks,
-    select_nm: Callable = nm_mask,
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    # a backend with faster selections passes its own; the bits are the same
-    unstructured = select(weights, [keep], within)
+    unstructured = topk_masks(weights, [keep], within)
     if nm is not None:
-        nm_bits = [select_nm(w, *nm) if w.shape[1] % nm[1] == 0 else ones(w) for w in weights]
+        nm_bits = [nm_mask(w, *nm) if w.shape[1] % nm[1] == 0 else ones(w) for w in weights]
     elif nm_bits is None:
         nm_bits = [ones(w) for w in weights]
     else:

@@ -22,6 +22,17 @@ if not LIBRARIES:
 torch.ops.load_library(str(LIBRARIES[0]))
 cpp = torch.ops.sparse_cocktail_cpp
 
+LEVELS = ["portable", "avx2", "avx512"][: cpp.best_cpu_level() + 1]
+
+
+@pytest.fixture(autouse=True, params=range(len(LEVELS)), ids=LEVELS)
+def _level(request):
+    """Every test runs at every instruction set of this machine."""
+    cpp.force_cpu_level(request.param)
+    yield
+    cpp.force_cpu_level(-1)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SHAPES = [
     (1, 1),
@@ -207,15 +218,6 @@ def test_topk_of_none():
     assert cpp.topk_masks([], [0], None) == cpp.topk_masks([], [], []) == []
 
 
-def test_topk_of_mixed_narrow_dtypes():
-    """Widening fp16 and bf16 keys must keep every order and every tie, subnormals included."""
-    half = torch.arange(0, 0x7C02, 7, dtype=torch.int16).view(torch.float16)[None]
-    weights = [half, half.float(), half.bfloat16(), special_weight((3, 50), torch.float32)]
-    total = sum(w.numel() for w in weights)
-    for keep in (1, 500, 3000, 9000, 12000, total - 400, total - 200, total - 60):  # to subnormals
-        check_topk(weights, [keep])
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_topk_ties_across_threads(threads, dtype):
@@ -231,6 +233,12 @@ def test_topk_ties_across_threads(threads, dtype):
         torch.set_num_threads(before)
 
 
+def masked_weight(weight, bits, dtype=None):
+    result = torch.empty_like(weight, dtype=dtype)
+    cpp.masked_weights_into([weight], [bits], [result])
+    return result
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES + EMPTY, ids=str)
 def test_masked_weight(shape, dtype):
@@ -238,19 +246,93 @@ def test_masked_weight(shape, dtype):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.5
     bits = cpp.pack_mask(mask)
     for weight in layouts(special_weight(shape, dtype)):
-        result = cpp.masked_weight(weight, bits)
+        result = masked_weight(weight, bits)
         assert result.dtype == dtype and result.stride() == weight.stride()
         # Compared as integers: NaN payloads survive, and what is pruned is +0, never -0.
         expected = torch.where(mask, weight.contiguous().view(integer), 0)
         assert torch.equal(result.contiguous().view(integer), expected)
 
 
-def test_masked_weight_of_a_slice():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_masked_weight_with_a_cast(dtype):
+    """Rounded to nearest even like torch's own cast: every exponent, ties, subnormals, limits."""
+    exponents = torch.arange(0, 0x7F800000, 0x00400000, dtype=torch.int32)
+    offsets = torch.tensor([0, 1, 0x0FFF, 0x1000, 0x1001, 0x3000, 0x7FFF, 0x8000, 0x8001, 0x18000])
+    finite = (exponents[:, None] + offsets.int()).flatten().view(torch.float32)
+    special = special_weight((640,), torch.float32)
+    weight = torch.cat([finite, -finite, special])
+    weight = weight[: weight.numel() // 64 * 64].view(-1, 64)
+    mask = torch.rand(weight.shape, generator=torch.Generator().manual_seed(4)) < 0.7
+    for part in (slice(0, 64), slice(0, 33)):  # full words, and an edge
+        source, kept = weight[:, part].contiguous(), mask[:, part]
+        result = masked_weight(source, cpp.pack_mask(kept.contiguous()), dtype)
+        expected = torch.where(kept, source, 0.0).to(dtype)
+        assert torch.equal(result.isnan(), expected.isnan())
+        same = result.view(torch.int16) == expected.view(torch.int16)
+        assert (same | result.isnan()).all()
+        strided = torch.empty(source.shape[::-1]).t().copy_(source)
+        again = masked_weight(strided, cpp.pack_mask(kept.contiguous()), dtype)
+        assert ((again.view(torch.int16) == expected.view(torch.int16)) | again.isnan()).all()
+
+
+def test_nm_mask_of_a_slice():
     weight = torch.randn(6, 40, 3, 3)[:, 3:36]
-    mask = torch.rand(weight.shape) < 0.5
-    result = cpp.masked_weight(weight, cpp.pack_mask(mask))
-    assert torch.equal(result, torch.where(mask, weight, 0))
     assert torch.equal(cpp.nm_mask(weight, 2, 3), cpp.nm_mask(weight.contiguous(), 2, 3))
+
+
+# ---- passes over the weights ---------------------------------------------------------------------
+
+SIZE = (512, 1024)
+PASSES = {
+    "normal": (lambda: torch.randn(SIZE), 1),
+    "all_equal": (lambda: torch.full(SIZE, 0.5), 4),
+    "two_values": (lambda: (torch.rand(SIZE) < 0.3) + 1.0, 4),
+    "nan": (lambda: torch.full(SIZE, math.nan), 4),
+    "denormals": (lambda: torch.randn(SIZE) * 1e-40, 1),
+    "mostly_zero": (lambda: torch.randn(SIZE) * (torch.rand(SIZE) < 0.2), 2),
+    "one_octave": (lambda: 1 + torch.rand(SIZE), 1),
+    "sorted": (lambda: torch.arange(math.prod(SIZE)).view(SIZE) * 1e-6, 1),
+    "sample_misled": (lambda: _large_where_sampled(), 4),
+    "few_values": (lambda: (torch.randn(SIZE) * 4).round(), 4),
+}
+
+
+def _large_where_sampled():
+    """Keys that the sample meets (the first 16 of a word) are large, all others small."""
+    weight = torch.rand(SIZE)
+    weight.view(-1, 32)[:, :16] += 2
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("values,most", PASSES.values(), ids=PASSES)
+def test_exact_in_few_passes(values, most, dtype):
+    weight = values().to(dtype)
+    key = torch.where(weight.isnan(), math.inf, weight.abs().double()).flatten()
+    order = key.argsort(descending=True, stable=True)
+    for keep in (1, 100_000, int((key > 0).sum()), weight.numel() - 5):
+        before = cpp.weight_passes()
+        (bits,) = cpp.topk_masks([weight], [keep], None)
+        passes = cpp.weight_passes() - before
+        expected = torch.zeros(weight.numel(), dtype=torch.bool)
+        expected[order[:keep]] = True
+        assert torch.equal(cpp.unpack_mask(bits, SIZE).flatten(), expected), keep
+        assert 1 <= passes <= most, f"{passes} passes for keep={keep}"
+
+
+# ---- rows of a mask bank -------------------------------------------------------------------------
+
+
+def test_rows_need_enough_scratch():
+    weights = [torch.randn(64, 640), torch.randn(7, 33)]
+    row = torch.zeros(64 * 20 + 7 * 2, dtype=torch.int32)
+    scratch = torch.empty(cpp.workspace_bytes(weights), dtype=torch.uint8)
+    cpp.topk_row_(weights, torch.tensor(1000), None, row, scratch)
+    assert cpp.mask_count(row) == 1000
+    with pytest.raises(RuntimeError, match="topk_row_: scratch has 64 bytes left.*ops.workspace"):
+        cpp.topk_row_(weights, torch.tensor(1000), None, row, scratch[:64])
+    with pytest.raises(RuntimeError, match="a row of these weights is 1294 contiguous int32"):
+        cpp.topk_row_(weights, torch.tensor(1000), None, row[:-1], scratch)
 
 
 WEIGHT = torch.zeros(4, 30)
@@ -279,11 +361,16 @@ WRONG = {
         lambda: cpp.topk_masks([WEIGHT] * 2, [1], [BITS, BITS[1:]]),
         r"within\[1\] has shape \(3, 1, 1\)",
     ),
-    "fp64 with fp32": (
-        lambda: cpp.topk_masks([WEIGHT, WEIGHT.double()], [1], None),
-        "mix float64 with narrower dtypes",
+    "mixed dtypes": (
+        lambda: cpp.topk_masks([WEIGHT, WEIGHT.half()], [1], None),
+        r"weights\[1\] has dtype Half, but weights\[0\] has Float",
     ),
-    "bits dtype": (lambda: cpp.masked_weight(WEIGHT, BITS.long()), "bits has dtype Long"),
+    "cast": (
+        lambda: masked_weight(WEIGHT.double(), BITS, torch.float16),
+        "masked_weights: weights of dtype Double cannot become Half",
+    ),
+    "level": (lambda: cpp.force_cpu_level(7), "level is 7, but this machine has levels 0 to"),
+    "bits dtype": (lambda: masked_weight(WEIGHT, BITS.long()), r"bits\[0\] has dtype Long"),
 }
 
 

@@ -76,6 +76,26 @@ def _topk_samples():
     yield [], [0], None
 
 
+def _rows():
+    """Weights, a count, three rows and scratch for in-place selections."""
+    weights, _ = _lists()
+    rows = [torch.zeros(4 + 6 * 3 * 2, dtype=torch.int32) for _ in range(3)]
+    return weights, torch.tensor(50), rows, ops.workspace(weights)
+
+
+def _topk_row_samples():
+    weights, keep, (row, within, _), scratch = _rows()
+    yield weights, keep, None, row, scratch
+    yield weights, keep, within.fill_(3), row, scratch
+
+
+def _unified_rows_samples():
+    weights, keep, (u, n, c), scratch = _rows()
+    channels = torch.tensor([3, 1])
+    yield weights, keep, [2, 4], channels, 0.8, None, None, u, n, c, scratch
+    yield weights, keep, [], channels, 0.5, None, n, u, None, c, scratch
+
+
 SAMPLES = {
     "block_masks": lambda: [
         (_lists()[0], [3], [2, 4], None),
@@ -98,9 +118,12 @@ SAMPLES = {
         (weight_of(3, 8, 3, 3), 2, 4),
         (channels_last(weight_of(3, 8, 3, 3)), 1, 2),
     ],
+    "nm_row_": lambda: [(weights, 2, 4, rows[0], s) for weights, _, rows, s in [_rows()]],
     "pack_mask": lambda: [(torch.rand(3, 40, 3, 3) < 0.5,), (torch.rand(40, 3).t() < 0.5,)],
     "topk_masks": _topk_samples,
+    "topk_row_": _topk_row_samples,
     "unified_masks": _unified_samples,
+    "unified_rows_": _unified_rows_samples,
     "unpack_mask": lambda: [(bits_of(3, 40, 3, 3), [3, 40, 3, 3]), (bits_of(3, 5), [3, 5])],
 }
 

@@ -85,4 +85,31 @@ SC_HOST_DEVICE inline int32_t widen_key(Float16, int16_t key) {
   return wide;
 }
 
+// An fp32 number as bf16, to nearest even, in integers: no rounding mode can change it.
+SC_HOST_DEVICE inline int16_t bfloat16_of(int32_t raw) {
+  const uint32_t bits = static_cast<uint32_t>(raw);
+  const uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return static_cast<int16_t>(nan ? (bits >> 16 | 0x40u) : nearest);
+}
+
+// The same to fp16.
+SC_HOST_DEVICE inline int16_t float16_of(int32_t raw) {
+  const uint32_t bits = static_cast<uint32_t>(raw), sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<int16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+  if (magnitude >= 0x477ff000u) return static_cast<int16_t>(sign | 0x7c00u);  // rounds to infinity
+  if (magnitude >= 0x38800000u) {  // normal: drop 13 bits, to nearest even
+    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);
+    return static_cast<int16_t>(sign | (rounded - (112u << 23)) >> 13);
+  }
+  // Subnormal halves are multiples of 2^-24.
+  const uint32_t exponent = magnitude >> 23;
+  if (exponent < 102) return static_cast<int16_t>(sign);  // below half of the smallest
+  const uint32_t fraction = (magnitude & 0x7fffffu) | 0x800000u, shift = 126 - exponent;
+  const uint32_t half = 1u << (shift - 1), kept = fraction >> shift;
+  const uint32_t rest = fraction & ((1u << shift) - 1);
+  return static_cast<int16_t>(sign | (kept + (rest > half || (rest == half && (kept & 1)))));
+}
+
 }  // namespace sparse_cocktail

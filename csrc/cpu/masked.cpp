@@ -1,68 +1,92 @@
-// Masked weights on the CPU: where(mask, w, 0) in one pass.
-#include "../common/view.h"
+// Masked weights on the CPU: where(mask, w, 0), cast on the way, for one weight or a list.
+#include "lists.h"
 
 namespace sparse_cocktail {
 namespace {
 
-// 32 neighbours. Weights move as integers, so a kept NaN keeps its payload and a pruned one becomes
-// +0. Lane masks come from a constant table and a select by `&`, which is what vectorises.
-template <class Raw>
-inline void keep_full_word(uint32_t mask, const Raw* __restrict source, Raw* __restrict target) {
-  constexpr int piece = LaneBits<Raw>::kPiece;
-  for (int first = 0; first < kWordBits; first += piece) {
-    const Raw part = static_cast<Raw>(mask >> first);
-    for (int j = 0; j < piece; ++j) {
-      const Raw kept = (part & kLaneBits<Raw>.bit[j]) != 0 ? -1 : 0;
-      target[first + j] = source[first + j] & kept;
-    }
+// Weights move as integers: a kept NaN stays NaN, and a pruned one becomes +0.
+template <class Source, class Target, class Cast>
+void keep_strided(const Run& run, const Source* source, Target* target, const Cast& cast) {
+  for (int64_t i = 0; i < run.count; ++i) {
+    const Target kept = -static_cast<Target>(run.within[i / kWordBits] >> i % kWordBits & 1);
+    target[i * run.stride] = cast(source[i * run.stride]) & kept;  // no branch to guess
   }
 }
 
-template <class Raw>
-void keep_where(const WeightView& view, const uint32_t* bits, const Raw* source, Raw* target) {
-  const int64_t stride = view.in_stride;
-  parallel_for_each_word(view, [=](int64_t word, int64_t offset, int64_t count) {
-    const uint32_t mask = bits[word];
-    const Raw* p = source + offset;
-    Raw* q = target + offset;
-    if (stride == 1 && count == kWordBits) {
-      keep_full_word(mask, p, q);
-    } else {
-      for (int j = 0; j < count; ++j) {
-        q[j * stride] = p[j * stride] & -static_cast<Raw>(mask >> j & 1);  // no branch to guess
+// From one format into another, or into itself.
+template <class From, class To>
+struct Keep {
+  using Source = typename From::Raw;
+  using Target = typename To::Raw;
+
+  static Target cast(Source raw) {
+    if constexpr (std::is_same_v<From, To>) return raw;
+    else if constexpr (std::is_same_v<To, BFloat16>) return bfloat16_of(raw);
+    else return float16_of(raw);
+  }
+  static void dense(const uint32_t* bits, const Source* source, Target* target, int64_t count) {
+    const KernelTable& kernel = kernels();
+    if constexpr (std::is_same_v<From, To>) kernel.of(From{}).keep(bits, source, target, count);
+    else if constexpr (std::is_same_v<To, Float16>) kernel.casts.to_float16(bits, source, target, count);
+    else kernel.casts.to_bfloat16(bits, source, target, count);
+  }
+};
+
+template <class From, class To>
+void keep_all(const char* op, const Tensors& weights, const Tensors& bits, const Tensors& results) {
+  using K = Keep<From, To>;
+  auto parts = parts_of<From>(op, weights);
+  const auto words = words_of_list(op, "bits", parts, bits);
+  std::vector<typename To::Raw*> targets;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    STD_TORCH_CHECK(results[i].strides() == weights[i].strides(), op, ": weights[", i,
+                    "] has strides ", to_string(weights[i].strides()), ", but its result has ",
+                    to_string(results[i].strides()), "; make it with torch.empty_like from a "
+                    "weight without gaps");
+    parts[i].within = words[i], parts[i].index = i;
+    targets.push_back(static_cast<typename To::Raw*>(results[i].mutable_data_ptr()));
+  }
+  const Sequence<From> sequence(std::move(parts));
+  for_each_slot(sequence.slots(), [&](int64_t slot) {
+    sequence.walk(slot, false, [&](const Part<From>& part, int64_t, const Run& run) {
+      const auto* source = static_cast<const typename From::Raw*>(run.data);
+      auto* target = targets[part.index] + (source - part.data);
+      if (run.stride == 1) {
+        K::dense(run.within, source, target, run.count);
+      } else {
+        keep_strided(run, source, target, K::cast);
       }
-    }
+    });
   });
 }
 
-Tensor masked_weight(const Tensor& weight, const Tensor& bits) {
-  const WeightView of_bits = view_of("masked_weight", "weight", weight);
-  const uint32_t* words = words_for("masked_weight", "bits", bits, of_bits);
-  Tensor result = torch::stable::empty_like(weight);
-  // empty_like keeps the strides of a dense weight; a slice with gaps is packed first, so that one
-  // view describes source and result.
-  Tensor source = weight;
-  if (!(weight.strides() == result.strides())) {
-    source = torch::stable::empty_like(weight);
-    torch::stable::copy_(source, weight);
-  }
-  const WeightView view = view_of("masked_weight", "weight", result);
-  dispatch_format("masked_weight", "weight", weight, [&](auto format) {
-    using Raw = typename decltype(format)::Raw;
-    keep_where(view, words, static_cast<const Raw*>(source.const_data_ptr()),
-               static_cast<Raw*>(result.mutable_data_ptr()));
+// Writes results of the weights' strides: of their dtype, or 16 bits from fp32.
+void masked_weights_into(Tensors weights, Tensors bits, Tensors results) {
+  const char* op = "masked_weights";
+  STD_TORCH_CHECK(results.size() == weights.size(), op, ": results has ", results.size(),
+                  " entries for ", weights.size(), " weights; pass one per weight");
+  dispatch_list(op, weights, [&](auto format) {
+    using F = decltype(format);
+    const ScalarType own = weights[0].scalar_type(), wanted = results[0].scalar_type();
+    if (wanted == own) return keep_all<F, F>(op, weights, bits, results);
+    if constexpr (std::is_same_v<F, Float32>) {
+      if (wanted == ScalarType::BFloat16) return keep_all<F, BFloat16>(op, weights, bits, results);
+      if (wanted == ScalarType::Half) return keep_all<F, Float16>(op, weights, bits, results);
+    }
+    STD_TORCH_CHECK(false, op, ": weights of dtype ", torch::headeronly::toString(own),
+                    " cannot become ", torch::headeronly::toString(wanted),
+                    " on the way, only float32 becomes bfloat16 or float16; cast the result");
   });
-  return result;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_cocktail_cpp, m) {
-  m.def("masked_weight(Tensor weight, Tensor bits) -> Tensor");
+  m.def("masked_weights_into(Tensor[] weights, Tensor[] bits, Tensor(a!)[] results) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cocktail_cpp, CPU, m) {
-  m.impl("masked_weight", TORCH_BOX(&masked_weight));
+  m.impl("masked_weights_into", TORCH_BOX(&masked_weights_into));
 }
 
 }  // namespace sparse_cocktail

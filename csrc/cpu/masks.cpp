@@ -1,10 +1,5 @@
 // Masks on the CPU: pack and unpack, N:M masks, and exact top-k over one or many weights.
-#include <array>
-#include <atomic>
-#include <optional>
-
-#include "../common/view.h"
-#include "select.h"
+#include "lists.h"
 
 namespace sparse_cocktail {
 namespace {
@@ -52,10 +47,9 @@ Tensor mask_count(const Tensor& bits) {
                   ", but mask bits are contiguous int32; make them with pack_mask");
   const auto* words = static_cast<const uint32_t*>(bits.const_data_ptr());
   std::atomic<int64_t> total{0};  // integers: the order of the threads does not matter
+  const auto popcounts = kernels().popcount;
   torch::stable::parallel_for(0, bits.numel(), kGrainWords, [&](int64_t begin, int64_t end) {
-    int64_t count = 0;
-    for (int64_t i = begin; i < end; ++i) count += popcount(words[i]);
-    total += count;
+    total += popcounts(words + begin, end - begin);
   });
   Tensor result = torch::stable::empty({}, ScalarType::Long);
   *static_cast<int64_t*>(result.mutable_data_ptr()) = total;
@@ -64,160 +58,112 @@ Tensor mask_count(const Tensor& bits) {
 
 // ---- N:M ----------------------------------------------------------------------------------------
 
-// Groups that are ranked side by side, one per vector lane. 32 groups of m elements fill exactly m
-// words: groups may straddle words, these blocks never do.
-constexpr int kLanes = kWordBits;
+Ratio ratio_of(const char* op, int64_t n, int64_t m) {
+  STD_TORCH_CHECK(1 <= n && n < m && m <= kWordBits, op, ": pattern is ", n, ":", m,
+                  ", but 1 <= n < m <= 32 is needed; pick another pattern");
+  return {static_cast<int>(n), static_cast<int>(m)};
+}
 
-// Writes the words of up to 32 groups of m elements that start at `source`.
 template <class F>
-void nm_block(const typename F::Raw* source, int64_t stride, int64_t groups, int n, int m,
-              uint32_t* target) {
-  using Key = typename F::Raw;
-  // keys[j][g], ranks[j][g]: element j of group g. Lanes past `groups` are computed and dropped.
-  Key keys[kWordBits][kLanes], ranks[kWordBits][kLanes];
-  for (int j = 0; j < m; ++j) {
-    for (int g = 0; g < kLanes; ++g) {
-      keys[j][g] = g < groups ? key_of<F>(source[(g * m + j) * stride]) : 0;
-      ranks[j][g] = 0;
-    }
+void nm_into(const char* op, std::vector<Part<F>> parts, Ratio ratio,
+             const std::vector<uint32_t*>& target) {
+  for (size_t i = 0; i < parts.size(); ++i) {
+    STD_TORCH_CHECK(parts[i].view.in % ratio.m == 0, op, ": ", parts[i].name, " has in=",
+                    parts[i].view.in, ", which is not a multiple of m=", ratio.m,
+                    "; pad the layer or leave it dense");
+    parts[i].ratio = ratio, parts[i].fresh = target[i];
   }
-  // Counting pairs is m / 2 compares per element without a branch; a sort would not vectorise.
-  // An element's rank is the number of elements that beat it; of two equals the earlier one wins.
-  for (int a = 0; a < m; ++a) {
-    for (int b = a + 1; b < m; ++b) {
-      for (int g = 0; g < kLanes; ++g) {
-        const Key later_wins = keys[b][g] > keys[a][g];
-        ranks[a][g] += later_wins;
-        ranks[b][g] += 1 - later_wins;
-      }
-    }
-  }
-  uint32_t kept[kLanes] = {};  // the m bits of each group
-  for (int j = 0; j < m; ++j) {
-    for (int g = 0; g < kLanes; ++g) kept[g] |= uint32_t{ranks[j][g] < n} << j;
-  }
-  uint64_t queue = 0;  // bits that wait for a full word
-  int queued = 0;
-  for (int64_t g = 0; g < groups; ++g) {
-    queue |= uint64_t{kept[g]} << queued;
-    queued += m;
-    if (queued >= kWordBits) {
-      *target++ = static_cast<uint32_t>(queue);
-      queue >>= kWordBits;
-      queued -= kWordBits;
-    }
-  }
-  if (queued > 0) *target = static_cast<uint32_t>(queue);
+  make_nm(Sequence<F>(std::move(parts)));
 }
 
 Tensor nm_mask(const Tensor& weight, int64_t n, int64_t m) {
-  STD_TORCH_CHECK(1 <= n && n < m && m <= kWordBits, "nm_mask: pattern is ", n, ":", m,
-                  ", but 1 <= n < m <= 32 is needed; pick another pattern");
-  const WeightView view = view_of("nm_mask", "weight", weight);
-  STD_TORCH_CHECK(view.in % m == 0, "nm_mask: weight has in=", view.in,
-                  ", which is not a multiple of m=", m, "; pad the layer or leave it dense");
-  Tensor bits = empty_bits(view);
-  uint32_t* target = mutable_words(bits);
-  // Rows are the unit here: a word at the edge of two groups must not be shared by two threads.
-  const int64_t grain = std::max<int64_t>(1, kGrainWords / std::max<int64_t>(1, view.row_words()));
-  dispatch_format("nm_mask", "weight", weight, [&](auto format) {
+  const char* op = "nm_mask";
+  const Ratio ratio = ratio_of(op, n, m);
+  Tensor bits = empty_bits(view_of(op, "weight", weight));
+  dispatch_format(op, "weight", weight, [&](auto format) {
     using F = decltype(format);
-    const auto* source = static_cast<const typename F::Raw*>(weight.const_data_ptr());
-    torch::stable::parallel_for(0, view.rows(), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const auto* p = source + view.row_offset(row);
-        uint32_t* q = target + row * view.row_words();
-        for (int64_t left = view.in / m; left > 0; left -= kLanes) {
-          nm_block<F>(p, view.in_stride, std::min<int64_t>(left, kLanes), static_cast<int>(n),
-                      static_cast<int>(m), q);
-          p += kLanes * m * view.in_stride;
-          q += m;
-        }
-      }
-    });
+    auto parts = parts_of<F>(op, {weight});
+    parts[0].name = "weight";
+    nm_into(op, std::move(parts), ratio, {mutable_words(bits)});
   });
   return bits;
 }
 
+void nm_row_(Tensors weights, int64_t n, int64_t m, const Tensor& row) {
+  const char* op = "nm_row_";
+  const Ratio ratio = ratio_of(op, n, m);
+  dispatch_list(op, weights, [&](auto format) {
+    auto parts = parts_of<decltype(format)>(op, weights);
+    const auto target = words_of_row(op, "row", parts, row);
+    nm_into(op, std::move(parts), ratio, target);
+  });
+}
+
 // ---- top-k --------------------------------------------------------------------------------------
 
-// A weight of topk_masks, its name in messages, its eligible positions and its result.
-struct Candidate {
-  std::string name;
-  Tensor weight;
-  WeightView view;
-  const uint32_t* within;
-  Tensor bits;
-};
-
-template <class Key>
-Sequence<Key> sequence_of(const std::vector<Candidate>& list) {
-  std::vector<Part<Key>> parts;
-  for (const Candidate& c : list) {
-    typename Part<Key>::Load load = nullptr;
-    dispatch_format("topk_masks", c.name.c_str(), c.weight, [&](auto format) {
-      using F = decltype(format);
-      // Other pairs are never asked for: select_together picks a Key that holds every format.
-      constexpr bool same = sizeof(Key) == sizeof(typename F::Raw);
-      constexpr bool widens = sizeof(Key) == 4 && sizeof(typename F::Raw) == 2;
-      if constexpr (same || widens) load = load_keys<F, Key>;
-    });
-    parts.push_back({c.view, c.weight.const_data_ptr(), load, c.within, mutable_words(c.bits)});
-  }
-  return Sequence<Key>(std::move(parts));
+template <class F>
+void topk_into(const char* op, std::vector<Part<F>> parts, int64_t keep, Arena scratch) {
+  const Sequence<F> sequence(std::move(parts));
+  const int64_t bytes = SelectionScratch<F>::bytes(sequence.words());
+  Selection<F>(sequence, keep, scratch.take<uint8_t>(op, bytes)).run();
 }
 
-// Selects over a list of weights together, with keys as narrow as their dtypes allow.
-void select_together(const std::vector<Candidate>& list, int64_t keep) {
-  int64_t elements = 0;
-  bool wide = false, uniform = true;
-  for (const Candidate& c : list) {
-    elements += c.weight.numel();
-    wide |= c.weight.scalar_type() == ScalarType::Double;
-    uniform &= c.weight.scalar_type() == list[0].weight.scalar_type();
-  }
-  STD_TORCH_CHECK(0 <= keep && keep <= elements, "topk_masks: keep is ", keep, " of ", elements,
-                  " elements (", list[0].name, list.size() > 1 ? " and those after it" : "",
-                  "), but 0 <= keep <= elements is needed; lower it");
-  STD_TORCH_CHECK(!wide || uniform, "topk_masks: weights mix float64 with narrower dtypes, which "
-                  "have no common key; cast them to float64, or pass one keep per weight");
-  // A 16-bit key needs one histogram read where a 32-bit key needs two.
-  if (wide) {
-    select(sequence_of<int64_t>(list), keep);
-  } else if (uniform && list[0].weight.element_size() == 2) {
-    select(sequence_of<int16_t>(list), keep);
-  } else {
-    select(sequence_of<int32_t>(list), keep);
-  }
-}
-
-std::vector<Tensor> topk_masks(std::vector<Tensor> weights, std::vector<int64_t> keep,
-                               std::optional<std::vector<Tensor>> within) {
-  const size_t count = weights.size();
-  STD_TORCH_CHECK(keep.size() == 1 || keep.size() == count, "topk_masks: keep has ", keep.size(),
-                  " entries for ", count,
+Tensors topk_masks(Tensors weights, std::vector<int64_t> keep, MaybeTensors within) {
+  const char* op = "topk_masks";
+  STD_TORCH_CHECK(keep.size() == 1 || keep.size() == weights.size(), op, ": keep has ",
+                  keep.size(), " entries for ", weights.size(),
                   " weights; pass one for all weights together, or one per weight");
-  STD_TORCH_CHECK(!within || within->size() == count, "topk_masks: within has ",
-                  within ? within->size() : 0, " masks for ", count,
+  STD_TORCH_CHECK(!within || within->size() == weights.size(), op, ": within has ",
+                  within ? within->size() : 0, " masks for ", weights.size(),
                   " weights; pass one per weight");
-  std::vector<Candidate> all;
-  std::vector<Tensor> result;
-  for (size_t i = 0; i < count; ++i) {
-    const std::string index = "[" + std::to_string(i) + "]", name = "weights" + index;
-    const WeightView view = view_of("topk_masks", name.c_str(), weights[i]);
-    const uint32_t* mask = nullptr;
-    if (within) mask = words_for("topk_masks", ("within" + index).c_str(), (*within)[i], view);
-    result.push_back(empty_bits(view));
-    all.push_back({name, weights[i], view, mask, result.back()});
-  }
-  if (count == 0) return result;
-  if (keep.size() == 1) {
-    select_together(all, keep[0]);
-  } else {
-    for (size_t i = 0; i < count; ++i) select_together({all[i]}, keep[i]);
-  }
+  Tensors result;
+  dispatch_list(op, weights, [&](auto format) {
+    using F = decltype(format);
+    auto parts = parts_of<F>(op, weights);
+    const auto eligible = words_of_list(op, "within", parts, within);
+    result = empty_masks(parts);
+    int64_t elements = 0, words = 0;
+    for (size_t i = 0; i < parts.size(); ++i) {
+      parts[i].within = eligible[i], parts[i].kept = mutable_words(result[i]);
+      elements += weights[i].numel(), words += parts[i].view.words();
+    }
+    const Tensor scratch = new_scratch(SelectionScratch<F>::bytes(words));
+    const auto select = [&](std::vector<Part<F>> list, int64_t count, int64_t limit) {
+      STD_TORCH_CHECK(0 <= count && count <= limit, op, ": keep is ", count, " of ", limit,
+                      " elements (", list[0].name, list.size() > 1 ? " and those after it" : "",
+                      "), but 0 <= keep <= elements is needed; lower it");
+      topk_into(op, std::move(list), count, arena_of(scratch));
+    };
+    if (keep.size() == 1) return select(parts, keep[0], elements);
+    for (size_t i = 0; i < parts.size(); ++i) select({parts[i]}, keep[i], weights[i].numel());
+  });
   return result;
 }
+
+// `within` may be the row itself. The pass reads a word of it before it writes that word, but the
+// way without a bracket reads more than once: it gets a copy.
+void topk_row_(Tensors weights, const Tensor& keep, MaybeTensor within, const Tensor& row,
+               const Tensor& scratch) {
+  const char* op = "topk_row_";
+  dispatch_list(op, weights, [&](auto format) {
+    using F = decltype(format);
+    auto parts = parts_of<F>(op, weights);
+    auto eligible = words_of_row(op, "within", parts, within);
+    const auto target = words_of_row(op, "row", parts, row);
+    Arena arena = arena_of(scratch);
+    if (eligible[0] == target[0] && row.numel() > 0) {
+      auto* copy = arena.take<uint32_t>(op, row.numel());
+      memcpy(copy, eligible[0], row.numel() * sizeof(uint32_t));
+      for (uint32_t*& words : eligible) words = copy + (words - target[0]);
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      parts[i].within = eligible[i], parts[i].kept = target[i];
+    }
+    topk_into(op, std::move(parts), count_of(op, "keep", keep), arena);
+  });
+}
+
+int64_t read_weight_passes() { return weight_passes; }
 
 }  // namespace
 
@@ -226,7 +172,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_cocktail_cpp, m) {
   m.def("unpack_mask(Tensor bits, int[] shape) -> Tensor");
   m.def("mask_count(Tensor bits) -> Tensor");
   m.def("nm_mask(Tensor weight, int n, int m) -> Tensor");
+  m.def("nm_row_(Tensor[] weights, int n, int m, Tensor(a!) row) -> ()");
   m.def("topk_masks(Tensor[] weights, int[] keep, Tensor[]? within) -> Tensor[]");
+  m.def("topk_row_(Tensor[] weights, Tensor keep, Tensor? within, Tensor(a!) row, "
+        "Tensor(b!) scratch) -> ()");
+  m.def("weight_passes() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cocktail_cpp, CPU, m) {
@@ -234,7 +184,13 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_cocktail_cpp, CPU, m) {
   m.impl("unpack_mask", TORCH_BOX(&unpack_mask));
   m.impl("mask_count", TORCH_BOX(&mask_count));
   m.impl("nm_mask", TORCH_BOX(&nm_mask));
+  m.impl("nm_row_", TORCH_BOX(&nm_row_));
   m.impl("topk_masks", TORCH_BOX(&topk_masks));
+  m.impl("topk_row_", TORCH_BOX(&topk_row_));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_cocktail_cpp, CompositeExplicitAutograd, m) {
+  m.impl("weight_passes", TORCH_BOX(&read_weight_passes));
 }
 
 // With an empty list no tensor's device chooses a kernel: the dispatcher's key is Undefined then.

@@ -1,174 +1,453 @@
-// Exact top-k over one or many weights on the CPU, threaded and independent of the thread count.
+// Exact top-k over a sequence of weights in about one read.
 //
-// Keys are read once per 16-bit digit, top digit first. Each read counts the digits of the eligible
-// keys that match the digits found so far; walking the counts from the top gives the next digit of
-// the threshold, and how many keys below that point are still needed. A last read writes the bits:
-// all keys above the threshold, and of those equal to it the first ones in position order.
+//   1. A sample of the keys gives a bracket [lo, hi] that the threshold lies in, very likely.
+//   2. One pass writes the bits of all keys above hi and collects the keys inside, 1 or 2 %.
+//   3. Histograms of these candidates give the threshold, and how many keys equal to it are kept.
+//   4. The bits of the chosen candidates are set; of equal keys the first in position order win.
 //
-//   thread        0              1              2
-//   words    |------------|--------------|-------------|   one slot each, in position order
-//   ties          5              2              4           counted by the last histogram
-//   kept          5              1              0           when 6 ties are needed
+// Where the bracket misses or the candidates do not fit, the digits of the threshold are found by
+// histograms over all keys: two more reads for fp32, one for 16 bits, and a last one for the bits.
 #pragma once
 
 #include <array>
-#include <type_traits>
-#include <utility>
+#include <cmath>
+#include <functional>
 
-#include "../common/view.h"
+#include "sequence.h"
 
 namespace sparse_cocktail {
 
-// The threshold is found digit by digit, top digit first: 16 bits per digit mean two reads for
-// fp32, and a histogram (512 KB) that still fits the second-level cache.
-constexpr int kDigitBits = 16;
-constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+// How often selections of this process have read all of their weights; tests look at differences.
+inline std::atomic<int64_t> weight_passes{0};
 
-// One weight of a selection. `load` writes the keys of the elements of one word.
-template <class Key>
-struct Part {
-  using Load = void (*)(const void* data, int64_t offset, int64_t stride, int64_t count, Key* keys);
-  WeightView view;
-  const void* data;
-  Load load;
-  const uint32_t* within;  // null: every element is eligible
-  uint32_t* bits;
+constexpr int64_t kSample = int64_t{1} << 16;
+constexpr int64_t kSampleRun = 16;      // neighbours that are sampled together: one cache line
+constexpr double kDeviations = 4.0;     // of the sampled rank, on either side
+constexpr int64_t kSmall = int64_t{1} << 13;  // up to here every key is a candidate
+constexpr int64_t kCandidateShare = 8;  // room for candidates: one key of so many, per slot
+constexpr int kBins = 4096;
 
-  uint32_t eligible(int64_t word, int64_t count) const {
-    return low_bits(count) & (within ? within[word] : ~uint32_t{0});
+// Channel scores that are summed on the way (unified masks); null pointers: not wanted.
+struct ScoreSums {
+  int64_t* unstructured = nullptr;
+  int64_t* nm = nullptr;
+  uint8_t* inexact = nullptr;  // channels that must be summed again, with saturation
+  bool wanted() const { return unstructured != nullptr; }
+};
+
+// Memory for a selection, from one buffer of the size it asks for.
+template <class F>
+struct SelectionScratch {
+  using Key = CandidateKey<F>;
+  static constexpr int64_t kSlack = 64 * kWordBits;  // a chunk of the pass, and what it overwrites
+
+  static int64_t slot_keys(int64_t slot_words) {
+    const int64_t all = slot_words * kWordBits;
+    return std::max(all / kCandidateShare, std::min(all, 2 * kSmall)) + 2 * kSlack;
+  }
+  static int64_t bytes(int64_t words) {
+    const int64_t slots = Sequence<F>::slots_for(words), slot_words = (words + slots - 1) / slots;
+    return slots * (slot_keys(slot_words) * static_cast<int64_t>(sizeof(Key)) +
+                    (slot_words + 1) * static_cast<int64_t>(sizeof(CandidateWord)));
+  }
+
+  uint8_t* memory;
+  int64_t slots, slot_words;
+
+  Key* keys(int64_t slot) const {
+    return reinterpret_cast<Key*>(memory) + slot * slot_keys(slot_words);
+  }
+  CandidateWord* words(int64_t slot) const {
+    auto* first = reinterpret_cast<CandidateWord*>(keys(slots));
+    return first + slot * (slot_words + 1);
   }
 };
 
-// One format behind the `load` pointer: a call per 32 elements is cheap, and `select` is compiled
-// per key width instead of per list of dtypes.
-template <class F, class Key>
-void load_keys(const void* data, int64_t offset, int64_t stride, int64_t count, Key* keys) {
-  using Raw = typename F::Raw;
-  load_lanes(keys, static_cast<const Raw*>(data) + offset, stride, count, [](Raw raw) -> Key {
-    if constexpr (sizeof(Key) == sizeof(Raw)) {
-      return key_of<F>(raw);
-    } else {
-      return widen_key(F{}, key_of<F>(raw));
-    }
-  });
-}
-
-// Several weights as one sequence of words, cut into one even slot per thread.
-template <class Key>
-class Sequence {
+template <class F>
+class Selection {
  public:
-  explicit Sequence(std::vector<Part<Key>> parts) : parts_(std::move(parts)) {
-    for (const auto& part : parts_) words_ += part.view.words();
-    // A slot owns a histogram; it should have at least as many elements as the histogram has bins.
-    const int64_t useful = words_ * kWordBits / kDigits;
-    slots_ = std::clamp<int64_t>(useful, 1, torch::stable::get_num_threads());
+  using Raw = typename F::Raw;
+  using Key = CandidateKey<F>;
+
+  // Ranks the weights of the sequence and writes `kept` of every part; with `scores` also the fresh
+  // N:M bits of parts that have a ratio, and the sums of every channel.
+  Selection(const Sequence<F>& sequence, int64_t keep, uint8_t* scratch, ScoreSums scores = {})
+      : sequence_(sequence), slots_(sequence.slots()), scores_(scores),
+        scratch_{scratch, slots_, sequence.slot_words()}, found_(slots_) {
+    eligible_ = count_eligible();
+    keep_ = std::clamp<int64_t>(keep, 0, eligible_);
   }
 
-  int64_t slots() const { return slots_; }
-
-  // Calls fn(slot, part, word, eligible bits, keys); slots run in parallel, words in order.
-  template <class Fn>
-  void for_each_word(const Fn& fn) const {
-    torch::stable::parallel_for(0, slots_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t slot = first; slot < last; ++slot) walk(slot, fn);
+  // Only the sums of every channel, over `kept` and `given`; nothing is selected.
+  static void only_score(const Sequence<F>& sequence, ScoreSums scores) {
+    const Selection self(sequence, 0, nullptr, scores);
+    const Kernels<F>& kernel = kernels().of(F{});
+    for_each_slot(self.slots_, [&](int64_t slot) {
+      sequence.walk(slot, true, [&](const Part<F>& part, int64_t word, const Run& run) {
+        RunSums sums;
+        kernel.score(run, sums);
+        self.add_scores(part, word, sums);
+      });
     });
+  }
+
+  void run() {
+    choose_bracket();
+    read_once();
+    if (counts_below_ && total(&Found::above) + total(&Found::inside) < keep_ &&
+        keep_ <= total(&Found::above) + total(&Found::inside) + total(&Found::below)) {
+      hi_ = --lo_;
+      counts_below_ = false;
+      read_once();
+    }
+    const int64_t above = total(&Found::above), inside = total(&Found::inside);
+    bool overflow = false;
+    for (const Found& found : found_) overflow |= found.overflow;
+    if (overflow || above > keep_ || above + inside < keep_) return read_digits();
+    needed_ = keep_ - above;
+    if (needed_ == 0) return;
+    find_threshold();
+    set_candidates();
   }
 
  private:
-  template <class Fn>
-  void walk(int64_t slot, const Fn& fn) const {
-    const int64_t begin = words_ / slots_ * slot + std::min(slot, words_ % slots_);
-    const int64_t end = begin + words_ / slots_ + (slot < words_ % slots_);
-    std::array<Key, kWordBits> keys{};
-    int64_t base = 0;
-    for (const auto& part : parts_) {
-      const int64_t words = part.view.words();
-      sparse_cocktail::for_each_word(
-          part.view, std::clamp<int64_t>(begin - base, 0, words),
-          std::clamp<int64_t>(end - base, 0, words),
-          [&](int64_t word, int64_t offset, int64_t count) {
-            const uint32_t eligible = part.eligible(word, count);
-            part.load(part.data, offset, part.view.in_stride, count, keys.data());
-            fn(slot, part, word, eligible, keys.data());
-          });
-      base += words;
-    }
-  }
-
-  std::vector<Part<Key>> parts_;
-  int64_t words_ = 0, slots_ = 1;
-};
-
-// Adds to `histogram` the digits at `shift` of the eligible keys that match the prefix above it.
-template <class Key>
-void count_digits(uint32_t eligible, const Key* keys, Key prefix, int shift, int64_t* histogram) {
-  using Unsigned = std::make_unsigned_t<Key>;
-  const auto count = [&](int j) {
-    // The prefix is 0 from the digit down, so a match leaves just the digit.
-    const auto digit = static_cast<uint64_t>(static_cast<Unsigned>(keys[j] ^ prefix) >> shift);
-    if (digit < static_cast<uint64_t>(kDigits)) ++histogram[digit];
+  // What one slot found.
+  struct Found {
+    int64_t above = 0, inside = 0, below = 0;
+    int64_t keys = 0, words = 0;
+    bool overflow = false;
+    int64_t ties = 0;  // candidates that equal the threshold
   };
-  if (eligible == ~uint32_t{0}) {
-    for (int j = 0; j < kWordBits; ++j) count(j);
-  } else {
-    for (; eligible != 0; eligible &= eligible - 1) count(__builtin_ctz(eligible));
+
+  int64_t total(int64_t Found::*count) const {
+    int64_t sum = 0;
+    for (const Found& found : found_) sum += found.*count;
+    return sum;
   }
-}
 
-// Sets the bits of the `keep` largest keys of the sequence, or of all that are eligible.
-template <class Key>
-void select(const Sequence<Key>& sequence, int64_t keep) {
-  const int64_t slots = sequence.slots();
-  std::vector<int64_t> histograms;  // [slot][digit]
-  std::vector<int64_t> ties(slots, 0);
-  Key threshold = 0;      // the digits that are known, zeros below
-  int64_t needed = keep;  // how many keys that match them are kept
-  bool keep_all = false;
-
-  for (int shift = 8 * sizeof(Key) - kDigitBits; shift >= 0 && keep > 0; shift -= kDigitBits) {
-    histograms.assign(slots * kDigits, 0);
-    sequence.for_each_word([&](int64_t slot, const auto&, int64_t, uint32_t eligible,
-                               const Key* keys) {
-      count_digits(eligible, keys, threshold, shift, &histograms[slot * kDigits]);
-    });
-    int64_t digit = kDigits - 1;
-    for (; digit >= 0; --digit) {
+  int64_t count_eligible() const {
+    const auto popcounts = kernels().popcount;
+    std::atomic<int64_t> total{0};
+    bool masked = false;
+    for (const Part<F>& part : sequence_.parts()) masked |= part.within != nullptr;
+    if (!masked) return sequence_.elements();
+    for_each_slot(slots_, [&](int64_t slot) {
       int64_t count = 0;
-      for (int64_t slot = 0; slot < slots; ++slot) count += histograms[slot * kDigits + digit];
-      if (count >= needed) break;
-      needed -= count;
-    }
-    if (digit < 0) {  // only the first digit can run out: fewer are eligible than asked for
-      keep_all = true;
-      break;
-    }
-    // `needed` is now the rank of the threshold among the keys that share its digits so far.
-    threshold |= static_cast<Key>(digit << shift);
-    // After the last digit these are the keys of each slot that equal the threshold.
-    for (int64_t slot = 0; slot < slots; ++slot) ties[slot] = histograms[slot * kDigits + digit];
+      sequence_.walk(slot, false, [&](const Part<F>&, int64_t, const Run& run) {
+        const int64_t words = words_of(run.count), full = run.count / kWordBits;
+        if (run.within == nullptr) {
+          count += run.count;
+        } else {
+          count += popcounts(run.within, full);
+          if (full < words) count += popcount(run.within[full] & low_bits(run.count % kWordBits));
+        }
+      });
+      total += count;
+    });
+    return total;
   }
 
-  // Ties go to the lower position: a slot may keep what the slots before it leave.
-  std::vector<int64_t> ties_left(slots, 0);
-  for (int64_t slot = 0, left = needed; slot < slots; ++slot) {
-    ties_left[slot] = left;
-    left = std::max<int64_t>(0, left - ties[slot]);
+  // ---- the bracket ----
+
+  void choose_bracket() {
+    if (keep_ == 0) {
+      lo_ = F::kNaN + Key{1}, hi_ = F::kNaN;  // nothing is above or inside
+    } else if (keep_ == eligible_) {
+      lo_ = 0, hi_ = -1;  // everything is above
+    } else if (sequence_.elements() <= kSmall) {
+      lo_ = 0, hi_ = F::kNaN;  // everything is inside
+    } else {
+      sample_bracket();
+    }
   }
-  sequence.for_each_word([&](int64_t slot, const auto& part, int64_t word, uint32_t eligible,
-                             const Key* keys) {
-    if (keep == 0 || keep_all) {
-      part.bits[word] = keep_all ? eligible : 0;
-      return;
+
+  void sample_bracket() {
+    std::vector<Key> sample = draw_sample();
+    lo_ = 0, hi_ = F::kNaN;
+    const int64_t drawn = sample.size();
+    if (drawn == 0) return;
+    // The rank of the threshold among the drawn keys, largest first, and its binomial spread. What
+    // is drawn together is alike to some degree: the spread counts it as half as many.
+    const double share = static_cast<double>(keep_) / static_cast<double>(eligible_);
+    const double spread = kDeviations * std::sqrt(2.0 * drawn * share * (1 - share)) + 2;
+    const int64_t first = static_cast<int64_t>(share * drawn - spread);
+    const int64_t last = static_cast<int64_t>(share * drawn + spread) + 1;
+    std::vector<uint32_t> bins(kBins);
+    for (const Key key : sample) ++bins[key >> kSampleShift];
+    if (first > 0) hi_ = ranked(sample, bins, first);
+    if (last < drawn) lo_ = ranked(sample, bins, last);
+    // Many keys that equal lo (zeros of a pruned network) would not fit among the candidates: they
+    // are only counted, and if the threshold is lo, a second pass takes their bits.
+    if (lo_ < hi_ && std::count(sample.begin(), sample.end(), lo_) > drawn / 16) {
+      counts_below_ = true;
+      ++lo_;
     }
-    uint32_t kept = eligible & word_where(keys, [=](Key key) { return key > threshold; });
-    if (ties_left[slot] > 0) {
-      const uint32_t tied = eligible & word_where(keys, [=](Key k) { return k == threshold; });
-      const uint32_t winners = lowest_set_bits(tied, ties_left[slot]);
-      ties_left[slot] -= popcount(winners);
-      kept |= winners;
+  }
+
+  static constexpr int kSampleShift = 8 * sizeof(Raw) - 1 - 12;  // leaves kBins digits
+
+  // The key of a rank, largest first, from 0: its bin, and its place among the keys of that bin.
+  static Key ranked(const std::vector<Key>& sample, const std::vector<uint32_t>& bins,
+                    int64_t rank) {
+    int64_t bin = kBins - 1;
+    for (; rank >= bins[bin]; --bin) rank -= bins[bin];
+    std::vector<Key> same;
+    same.reserve(bins[bin]);
+    for (const Key key : sample) {
+      if (key >> kSampleShift == bin) same.push_back(key);
     }
-    part.bits[word] = kept;
-  });
-}
+    std::nth_element(same.begin(), same.begin() + rank, same.end(), std::greater<Key>());
+    return same[rank];
+  }
+
+  // Runs of neighbours at even distances over the sequence.
+  std::vector<Key> draw_sample() const {
+    struct Start {
+      const Raw* data;
+      int64_t stride, count;
+      uint32_t eligible;
+    };
+    const int64_t words = sequence_.words();
+    const int64_t size = std::min(kSample, sequence_.elements() / 8);
+    const int64_t runs = std::max<int64_t>(1, size / kSampleRun);
+    std::vector<Start> starts;
+    starts.reserve(runs);
+    const auto* part = sequence_.parts().data();
+    for (int64_t i = 0; i < runs; ++i) {
+      const auto position = static_cast<int64_t>((i + 0.5) / runs * words);
+      while (position >= part->first_word + part->view.words()) ++part;
+      const int64_t word = position - part->first_word;
+      const WeightView& view = part->view;
+      const int64_t row = word / view.row_words(), first = word % view.row_words() * kWordBits;
+      starts.push_back({part->data + view.row_offset(row) + first * view.in_stride, view.in_stride,
+                        std::min(view.in - first, kSampleRun),
+                        part->within ? part->within[word] : ~uint32_t{0}});
+    }
+    std::vector<Key> sample;
+    sample.reserve(runs * kSampleRun);
+    constexpr int64_t ahead = 32;  // every run is a cache miss: have many under way
+    for (int64_t i = 0; i < runs; ++i) {
+      if (i + ahead < runs) __builtin_prefetch(starts[i + ahead].data);
+      const Start& start = starts[i];
+      for (int64_t j = 0; j < start.count; ++j) {
+        if (start.eligible >> j & 1) sample.push_back(key_of<F>(start.data[j * start.stride]));
+      }
+    }
+    return sample;
+  }
+
+  // ---- the pass ----
+
+  void read_once() {
+    ++weight_passes;
+    clear_scores();
+    const Kernels<F>& kernel = kernels().of(F{});
+    for_each_slot(slots_, [&](int64_t slot) {
+      Scan<Key> scan;
+      scan.lo = lo_, scan.hi = hi_, scan.counts_below = counts_below_;
+      Key* keys = scan.keys = scratch_.keys(slot);
+      scan.keys_end = keys + scratch_.slot_keys(scratch_.slot_words) - SelectionScratch<F>::kSlack;
+      CandidateWord* words = scan.words = scratch_.words(slot);
+      sequence_.walk(slot, scores_.wanted(), [&](const Part<F>& part, int64_t word, const Run& run) {
+        if (scan.overflow) return;
+        if (!scores_.wanted()) return kernel.select(run, scan);
+        RunSums sums;
+        kernel.unify(run, part.ratio, scan, sums);
+        add_scores(part, word, sums);
+      });
+      Found& found = found_[slot];
+      found.above = scan.above;
+      found.inside = scan.inside;
+      found.below = scan.below;
+      found.keys = scan.keys - keys;
+      found.words = scan.words - words;
+      found.overflow = scan.overflow;
+    });
+  }
+
+  void clear_scores() {
+    if (!scores_.wanted()) return;
+    std::fill_n(scores_.unstructured, sequence_.channels(), 0);
+    std::fill_n(scores_.nm, sequence_.channels(), 0);
+  }
+
+  void add_scores(const Part<F>& part, int64_t word, const RunSums& sums) const {
+    const int64_t channel = part.first_channel + word / part.channel_words();
+    // Channels at the edge of two slots are summed by two threads; integers do not mind the order.
+    add(scores_.unstructured[channel], sums.unstructured);
+    add(scores_.nm[channel], sums.nm);
+    const bool exact = sums.exact && part.view.taps * part.view.in < kExactChannel;
+    if (!exact) __atomic_store_n(&scores_.inexact[channel], 1, __ATOMIC_RELAXED);
+  }
+
+  static constexpr int64_t kExactChannel = int64_t{1} << 21;  // elements below 8: sums below 2^62
+
+  static void add(int64_t& sum, int64_t value) {
+    __atomic_fetch_add(&sum, value, __ATOMIC_RELAXED);
+  }
+
+  // ---- the candidates ----
+
+  // Narrows [lo, hi] to the threshold; needed_ becomes how many keys equal to it are kept.
+  void find_threshold() {
+    if (lo_ == hi_) {
+      for (Found& found : found_) found.ties = found.inside;
+    }
+    std::vector<uint32_t> counts(slots_ * kBins);
+    while (lo_ < hi_) {
+      const auto width = static_cast<uint64_t>(hi_ - lo_);
+      const int bits = 64 - __builtin_clzll(width), shift = std::max(0, bits - 12);
+      std::fill(counts.begin(), counts.end(), 0);
+      for_each_slot(slots_, [&](int64_t slot) {
+        uint32_t* bins = &counts[slot * kBins];
+        const Key* keys = scratch_.keys(slot);
+        for (int64_t i = 0; i < found_[slot].keys; ++i) {
+          const auto offset = static_cast<uint64_t>(keys[i] - lo_);  // huge for keys below lo
+          if (offset <= width) ++bins[offset >> shift];
+        }
+      });
+      int64_t bin = static_cast<int64_t>(width >> shift);
+      for (;; --bin) {
+        int64_t count = 0;
+        for (int64_t slot = 0; slot < slots_; ++slot) count += counts[slot * kBins + bin];
+        if (count >= needed_) break;
+        needed_ -= count;
+      }
+      lo_ += static_cast<Key>(bin << shift);
+      hi_ = std::min<Key>(hi_, lo_ + static_cast<Key>((uint64_t{1} << shift) - 1));
+      for (int64_t slot = 0; slot < slots_; ++slot) found_[slot].ties = counts[slot * kBins + bin];
+    }
+  }
+
+  // How many ties each slot keeps: the first ones in position order.
+  std::vector<int64_t> share_ties() const {
+    std::vector<int64_t> shares(slots_);
+    int64_t left = needed_;
+    for (int64_t slot = 0; slot < slots_; ++slot) {
+      shares[slot] = std::min(left, found_[slot].ties);
+      left -= shares[slot];
+    }
+    return shares;
+  }
+
+  void set_candidates() {
+    const Kernels<F>& kernel = kernels().of(F{});
+    const std::vector<int64_t> shares = share_ties();
+    for_each_slot(slots_, [&](int64_t slot) {
+      const Found& found = found_[slot];
+      const CandidateWord* words = scratch_.words(slot);
+      Settling<Key> settling{words, words + found.words, scratch_.keys(slot), lo_, shares[slot],
+                             found.keys != found.inside, scores_.wanted()};
+      const int64_t begin = sequence_.begin_of(slot);
+      for (const Part<F>& part : sequence_.parts()) {
+        const int64_t channel_words = part.channel_words(), words_in_part = part.view.words();
+        uint32_t* kept = part.kept + (begin - part.first_word);  // where the slot's word 0 would be
+        while (settling.words < settling.words_end) {
+          const int64_t word = begin + settling.words->word - part.first_word;
+          if (word >= words_in_part) break;
+          const int64_t channel = word / channel_words;
+          const int64_t end = scores_.wanted() ? (channel + 1) * channel_words : words_in_part;
+          const int64_t sum = kernel.settle(
+              settling, static_cast<uint32_t>(part.first_word + end - begin), kept);
+          if (scores_.wanted()) add(scores_.unstructured[part.first_channel + channel], sum);
+        }
+      }
+    });
+  }
+
+  // ---- when the bracket misses ----
+
+  static constexpr int kDigitBits = 16;
+  static constexpr int64_t kDigits = int64_t{1} << kDigitBits;
+
+  // Calls fn(run, w, eligible bits, keys) for the words of a run.
+  template <class Fn>
+  static void for_each_key_word(const Run& run, const Fn& fn) {
+    std::array<Raw, kWordBits> keys{};
+    const auto* data = static_cast<const Raw*>(run.data);
+    for (int64_t w = 0, left = run.count; left > 0; ++w, left -= kWordBits) {
+      const int64_t lanes = std::min<int64_t>(left, kWordBits);
+      load_lanes(keys.data(), data + w * kWordBits * run.stride, run.stride, lanes, key_of<F>);
+      fn(w, low_bits(lanes) & (run.within ? run.within[w] : ~uint32_t{0}), keys.data());
+    }
+  }
+
+  // Finds the threshold digit by digit over all keys, and writes the bits in a last read.
+  void read_digits() {
+    using Unsigned = std::make_unsigned_t<Raw>;
+    std::vector<int64_t> histograms(slots_ * kDigits);
+    Raw threshold = 0;  // the digits that are known, zeros below
+    needed_ = keep_;
+    for (int shift = 8 * sizeof(Raw) - kDigitBits; shift >= 0; shift -= kDigitBits) {
+      ++weight_passes;
+      std::fill(histograms.begin(), histograms.end(), 0);
+      for_each_slot(slots_, [&](int64_t slot) {
+        int64_t* bins = &histograms[slot * kDigits];
+        sequence_.walk(slot, false, [&](const Part<F>&, int64_t, const Run& run) {
+          for_each_key_word(run, [&](int64_t, uint32_t eligible, const Raw* keys) {
+            for (; eligible != 0; eligible &= eligible - 1) {
+              // A key that matches the known digits leaves just the next one.
+              const Raw other = keys[__builtin_ctz(eligible)] ^ threshold;
+              const uint64_t digit = static_cast<uint64_t>(static_cast<Unsigned>(other)) >> shift;
+              if (digit < static_cast<uint64_t>(kDigits)) ++bins[digit];
+            }
+          });
+        });
+      });
+      int64_t digit = kDigits - 1;
+      for (;; --digit) {
+        int64_t count = 0;
+        for (int64_t slot = 0; slot < slots_; ++slot) count += histograms[slot * kDigits + digit];
+        if (count >= needed_) break;
+        needed_ -= count;
+      }
+      threshold |= static_cast<Raw>(static_cast<Unsigned>(digit) << shift);
+      for (int64_t slot = 0; slot < slots_; ++slot) {
+        found_[slot].ties = histograms[slot * kDigits + digit];
+      }
+    }
+    write_bits(threshold);
+  }
+
+  void write_bits(Raw threshold) {
+    ++weight_passes;
+    clear_scores();
+    const Kernels<F>& kernel = kernels().of(F{});
+    const std::vector<int64_t> shares = share_ties();
+    for_each_slot(slots_, [&](int64_t slot) {
+      int64_t ties = shares[slot];
+      sequence_.walk(slot, scores_.wanted(), [&](const Part<F>& part, int64_t word, Run run) {
+        for_each_key_word(run, [&](int64_t w, uint32_t eligible, const Raw* keys) {
+          uint32_t kept = eligible & word_where(keys, [=](Raw key) { return key > threshold; });
+          if (ties > 0) {
+            const uint32_t equal =
+                eligible & word_where(keys, [=](Raw key) { return key == threshold; });
+            const uint32_t winners = lowest_set_bits(equal, ties);
+            ties -= popcount(winners);
+            kept |= winners;
+          }
+          run.kept[w] = kept;
+        });
+        if (!scores_.wanted()) return;
+        if (part.ratio.m != 0) {  // an overflow may have cut the first pass short
+          kernel.nm(run, part.ratio);
+          run.given = run.fresh;
+        }
+        RunSums sums;
+        kernel.score(run, sums);
+        add_scores(part, word, sums);
+      });
+    });
+  }
+
+  const Sequence<F>& sequence_;
+  const int64_t slots_;
+  const ScoreSums scores_;
+  const SelectionScratch<F> scratch_;
+  std::vector<Found> found_;
+  int64_t eligible_ = 0, keep_ = 0, needed_ = 0;
+  Key lo_ = 0, hi_ = 0;
+  bool counts_below_ = false;  // keys just below lo are counted too
+};
 
 }  // namespace sparse_cocktail

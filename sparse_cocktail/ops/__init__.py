@@ -1,6 +1,14 @@
 """The ops of `torch.ops.sparse_cocktail`, with checked and documented Python signatures."""
 
-from .dispatch import BACKENDS, backend, extension_path, implementations
+from .dispatch import (
+    BACKENDS,
+    backend,
+    chosen,
+    cpu_level,
+    cpu_levels,
+    extension_path,
+    implementations,
+)
 from .masked import masked_conv2d, masked_linear, masked_weight, masked_weights
 from .masks import (
     block_masks,
@@ -13,6 +21,7 @@ from .masks import (
     topk_masks,
     unpack_mask,
 )
+from .rows import nm_row_, topk_row_, unified_rows_, workspace
 from .unified import channel_masks, channel_scores, unified_masks
 
 __all__ = [
@@ -21,6 +30,9 @@ __all__ = [
     "block_masks",
     "channel_masks",
     "channel_scores",
+    "chosen",
+    "cpu_level",
+    "cpu_levels",
     "extension_path",
     "implementations",
     "mask_and",
@@ -32,8 +44,12 @@ __all__ = [
     "masked_weight",
     "masked_weights",
     "nm_mask",
+    "nm_row_",
     "pack_mask",
     "topk_masks",
+    "topk_row_",
     "unified_masks",
+    "unified_rows_",
     "unpack_mask",
+    "workspace",
 ]

@@ -13,8 +13,10 @@ The choice is made at run time, inside the op, so a forced backend also holds in
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
@@ -62,6 +64,44 @@ def backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+CPU_LEVELS = ("portable", "avx2", "avx512")
+
+
+def cpu_levels() -> tuple[str, ...]:
+    """Instruction sets that the C++ kernels can use on this machine, the slowest first."""
+    if extension_path is None:
+        return ()
+    return CPU_LEVELS[: torch.ops.sparse_cocktail_cpp.best_cpu_level() + 1]
+
+
+@contextmanager
+def _forced_level(level: int) -> Iterator[None]:
+    cpp = torch.ops.sparse_cocktail_cpp
+    before = cpp.cpu_level()
+    cpp.force_cpu_level(level)
+    try:
+        yield
+    finally:
+        cpp.force_cpu_level(before)
+
+
+def cpu_level(name: str | None = None) -> str | AbstractContextManager[None] | None:
+    """The instruction set that the C++ kernels use: portable, avx2 or avx512.
+
+    `cpu_level()` names it (None without the extension). `with cpu_level(name):` forces another for
+    the process; all give the same bits.
+    """
+    levels = cpu_levels()
+    if name is None:
+        return levels[torch.ops.sparse_cocktail_cpp.cpu_level()] if levels else None
+    if name not in levels:
+        raise ValueError(
+            f"ops.cpu_level: name={name!r} is not among the levels of this machine, "
+            f"{', '.join(levels) or 'none: the C++ extension is not built'}"
+        )
+    return _forced_level(levels.index(name))
+
+
 def implementations(op: str) -> tuple[str, ...]:
     """Backends that implement an op here, the fallback `reference` first."""
     if op not in _implementations:
@@ -71,7 +111,11 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(_implementations[op])
 
 
-def _choose(op: str, device: torch.device) -> Callable:
+_PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+
+def chosen(op: str, device: torch.device) -> str:
+    """The backend that computes an op on a device now."""
     table = _implementations[op]
     if _forced is not None:
         if _forced not in table:
@@ -79,12 +123,19 @@ def _choose(op: str, device: torch.device) -> Callable:
                 f"{op}: backend {_forced!r} is forced but does not implement it; it has "
                 f"{', '.join(table)}"
             )
-        return table[_forced]
-    if device.type == "cpu":
-        return table.get("cpp", table["reference"])
-    if device.type == "cuda":
-        return table.get("cuda", table.get("triton", table["reference"]))
-    return table["reference"]
+        return _forced
+    return next((b for b in _PREFERRED.get(device.type, ()) if b in table), "reference")
+
+
+def lazy_triton(module: str, name: str) -> Callable | None:
+    """A function of sparse_cocktail/ops that is imported, with Triton, at its first call."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+
+    def call(*args):
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)(*args)
+
+    return call
 
 
 def _device(arguments: tuple) -> torch.device:
@@ -126,7 +177,7 @@ def define(
 
     def kernel(*args):
         check(*args)
-        return _choose(op, _device(args))(*args)
+        return table[chosen(op, _device(args))](*args)
 
     def checked_fake(*args):
         check(*args)

@@ -17,8 +17,9 @@ from .dispatch import (
     check_weights,
     define,
     gradient,
+    lazy_triton,
 )
-from .masks import strided
+from .masks import packed, strided
 
 __all__ = ["masked_conv2d", "masked_linear", "masked_weight", "masked_weights"]
 
@@ -33,18 +34,33 @@ def _check_masked_weight(weight, bits, dtype=None) -> None:
     check_bits("masked_weight", bits, bits_shape(weight.shape))
 
 
-def _masked_weight_cpp(weight, bits, dtype=None) -> Tensor:
-    masked = _cpp.masked_weight(strided(weight), bits.contiguous())
-    dtype = dtype or weight.dtype
-    if masked.dtype == dtype and masked.stride() == weight.stride():
-        return masked
-    return torch.empty_like(weight, dtype=dtype).copy_(masked)
+def _masked_weights_cpp(weights, bits, dtype=None) -> list[Tensor]:
+    if not weights:
+        return []
+    own = weights[0].dtype
+    dtype = dtype or own
+    if dtype != own and (own, dtype) not in _CASTS:
+        return [w.to(dtype) for w in _masked_weights_cpp(weights, bits)]
+    sources = [strided(w) for w in weights]
+    results = [torch.empty_like(s, dtype=dtype) for s in sources]
+    for index, (source, result) in enumerate(zip(sources, results, strict=True)):
+        if source.stride() != result.stride():  # a slice with gaps
+            sources[index] = torch.empty_like(source).copy_(source)
+    _cpp.masked_weights_into(sources, packed(bits), results)
+    return [
+        result if strided(weight) is weight else torch.empty_like(weight, dtype=dtype).copy_(result)
+        for weight, result in zip(weights, results, strict=True)
+    ]
+
+
+_CASTS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}  # made on the way
 
 
 _weight = define(
     "masked_weight(Tensor weight, Tensor bits, ScalarType? dtype=None) -> Tensor",
+    triton=lazy_triton("triton_masks", "masked_weight"),
     reference=reference.masked_weight,
-    cpp=_masked_weight_cpp,
+    cpp=lambda weight, bits, dtype=None: _masked_weights_cpp([weight], [bits], dtype)[0],
     fake=lambda weight, bits, dtype=None: torch.empty_like(weight, dtype=dtype),
     check=_check_masked_weight,
 )
@@ -78,12 +94,11 @@ def _check_masked_weights(weights, bits, dtype=None) -> None:
 
 _weights = define(
     "masked_weights(Tensor[] weights, Tensor[] bits, ScalarType? dtype) -> Tensor[]",
+    triton=lazy_triton("triton_masks", "masked_weights"),
     reference=lambda weights, bits, dtype=None: [
         reference.masked_weight(w, b, dtype) for w, b in zip(weights, bits, strict=True)
     ],
-    cpp=lambda weights, bits, dtype=None: [
-        _masked_weight_cpp(w, b, dtype) for w, b in zip(weights, bits, strict=True)
-    ],
+    cpp=_masked_weights_cpp,
     fake=lambda weights, bits, dtype=None: [torch.empty_like(w, dtype=dtype) for w in weights],
     check=_check_masked_weights,
 )

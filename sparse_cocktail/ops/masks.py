@@ -16,6 +16,7 @@ from .dispatch import (
     check_weight,
     check_weights,
     define,
+    lazy_triton,
 )
 
 __all__ = [
@@ -35,9 +36,16 @@ _cpp = torch.ops.sparse_cocktail_cpp
 
 def strided(weight: Tensor) -> Tensor:
     """The weight itself where C++ can walk it (its taps have one common stride), else a copy."""
+    if weight.dim() < 4 or weight.is_contiguous():
+        return weight
     taps = [(n, s) for n, s in zip(weight.shape[2:], weight.stride()[2:], strict=True) if n != 1]
     merge = all(a[1] == b[0] * b[1] for a, b in zip(taps, taps[1:], strict=False))
     return weight if merge else weight.contiguous()
+
+
+def packed(masks: Sequence[Tensor] | None) -> list[Tensor] | None:
+    """Bits as C++ reads them: contiguous."""
+    return None if masks is None else [bits.contiguous() for bits in masks]
 
 
 def new_bits(weight: Tensor) -> Tensor:
@@ -61,6 +69,7 @@ def _check_pack(mask: Tensor) -> None:
 
 _pack = define(
     "pack_mask(Tensor mask) -> Tensor",
+    triton=lazy_triton("triton_masks", "pack_mask"),
     reference=reference.pack_mask,
     cpp=lambda mask: _cpp.pack_mask(mask.contiguous()),
     fake=new_bits,
@@ -79,6 +88,7 @@ def _check_unpack(bits: Tensor, shape: Sequence[int]) -> None:
 
 _unpack = define(
     "unpack_mask(Tensor bits, SymInt[] shape) -> Tensor",
+    triton=lazy_triton("triton_masks", "unpack_mask"),
     reference=reference.unpack_mask,
     cpp=lambda bits, shape: _cpp.unpack_mask(bits.contiguous(), shape),
     fake=lambda bits, shape: bits.new_empty(shape, dtype=torch.bool),
@@ -96,6 +106,7 @@ def _check_count(bits: Tensor) -> None:
 
 _count = define(
     "mask_count(Tensor bits) -> Tensor",
+    triton=lazy_triton("triton_masks", "mask_count"),
     reference=reference.mask_count,
     cpp=lambda bits: _cpp.mask_count(bits.contiguous()),
     fake=lambda bits: bits.new_empty((), dtype=torch.int64),
@@ -171,6 +182,7 @@ def _check_nm(weight: Tensor, n: int, m: int) -> None:
 
 _nm = define(
     "nm_mask(Tensor weight, int n, int m) -> Tensor",
+    triton=lazy_triton("triton_masks", "nm_mask"),
     reference=reference.nm_mask,
     cpp=lambda weight, n, m: _cpp.nm_mask(strided(weight), n, m),
     fake=lambda weight, n, m: new_bits(weight),
@@ -224,12 +236,12 @@ def _check_topk(weights: list[Tensor], keep: list[int], within: list[Tensor] | N
 
 
 def _topk_cpp(weights, keep, within=None) -> list[Tensor]:
-    within = None if within is None else [bits.contiguous() for bits in within]
-    return _cpp.topk_masks([strided(w) for w in weights], keep, within)
+    return _cpp.topk_masks([strided(w) for w in weights], keep, packed(within))
 
 
 _topk = define(
     "topk_masks(Tensor[] weights, int[] keep, Tensor[]? within=None) -> Tensor[]",
+    triton=lazy_triton("triton_masks", "topk_masks"),
     reference=reference.topk_masks,
     cpp=_topk_cpp,
     fake=lambda weights, keep, within=None: [new_bits(w) for w in weights],
@@ -286,7 +298,11 @@ def _check_block(weights, keep, block, within=None) -> None:
 
 _block = define(
     "block_masks(Tensor[] weights, int[] keep, int[] block, Tensor[]? within=None) -> Tensor[]",
+    triton=lazy_triton("triton_masks", "block_masks"),
     reference=reference.block_masks,
+    cpp=lambda weights, keep, block, within=None: _cpp.block_masks(
+        [strided(w) for w in weights], keep, block, packed(within)
+    ),
     fake=lambda weights, keep, block, within=None: [new_bits(w) for w in weights],
     check=_check_block,
 )

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import bits_shape
-from .dispatch import check_bits, check_same_length, check_weights, define
-from .masks import check_keep, check_within, new_bits, nm_mask, topk_masks
+from ..reference import beta_shares, bits_shape
+from .dispatch import check_bits, check_same_length, check_weights, define, lazy_triton
+from .masks import check_keep, check_within, new_bits, packed, strided
 
 __all__ = ["channel_masks", "channel_scores", "unified_masks"]
 
+_cpp = torch.ops.sparse_cocktail_cpp
 
-def _check_beta(op: str, beta: float) -> None:
+
+def check_beta(op: str, beta: float) -> None:
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"{op}: beta={beta} is not in [0, 1]; the paper uses 0.8")
 
 
+def check_ratio(op: str, nm: Sequence[int]) -> None:
+    """`nm` is (n, m), or empty for no fresh N:M masks."""
+    if nm and (len(nm) != 2 or not 1 <= nm[0] < nm[1] <= 32):
+        raise ValueError(
+            f"{op}: nm={tuple(nm)} breaks 1 <= n < m <= 32; for example (2, 4) keeps 2 of 4"
+        )
+
+
 def _check_scores(weights, unstructured, nm, beta) -> None:
     check_weights("channel_scores", weights)
-    _check_beta("channel_scores", beta)
+    check_beta("channel_scores", beta)
     for masks, name in ((unstructured, "unstructured"), (nm, "nm")):
         check_same_length("channel_scores", weights, masks, name)
         for i, (weight, bits) in enumerate(zip(weights, masks, strict=True)):
@@ -33,7 +42,11 @@ def _check_scores(weights, unstructured, nm, beta) -> None:
 
 _scores = define(
     "channel_scores(Tensor[] weights, Tensor[] unstructured, Tensor[] nm, float beta) -> Tensor[]",
+    triton=lazy_triton("triton_masks", "channel_scores"),
     reference=reference.channel_scores,
+    cpp=lambda weights, unstructured, nm, beta: _cpp.channel_scores(
+        [strided(w) for w in weights], packed(unstructured), packed(nm), *beta_shares(beta)
+    ),
     fake=lambda weights, unstructured, nm, beta: [
         w.new_empty(w.shape[:1], dtype=torch.int64) for w in weights
     ],
@@ -78,8 +91,12 @@ def _check_channel_masks(scores, keep, taps, inputs) -> None:
 
 _channels = define(
     "channel_masks(Tensor[] scores, int[] keep, SymInt[] taps, SymInt[] inputs) -> Tensor[]",
+    triton=lazy_triton("triton_masks", "channel_masks"),
     reference=lambda scores, keep, taps, inputs: reference.channel_masks(
         scores, keep, [(s.numel(), i, t) for s, t, i in zip(scores, taps, inputs, strict=True)]
+    ),
+    cpp=lambda scores, keep, taps, inputs: _cpp.channel_masks(
+        [s.contiguous() for s in scores], keep, taps, inputs
     ),
     fake=lambda scores, keep, taps, inputs: [
         s.new_empty(bits_shape((s.shape[0], i, t)), dtype=torch.int32)
@@ -109,18 +126,25 @@ def channel_masks(
     return _channels(list(scores), list(keep), taps, [shape[1] for shape in shapes])
 
 
-def _unified_flat(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None, **selections):
-    lists = reference.unified_masks(
-        weights, keep, tuple(nm) or None, channel_keep, beta, within, nm_bits, **selections
-    )
+def _unified_reference(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
+    nm = tuple(nm) or None
+    lists = reference.unified_masks(weights, keep, nm, channel_keep, beta, within, nm_bits)
     return [bits for masks in lists for bits in masks]
+
+
+def _unified_cpp(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
+    weights = [strided(w) for w in weights]
+    shares = beta_shares(beta)
+    return _cpp.unified_masks(
+        weights, keep, nm, channel_keep, shares, packed(within), packed(nm_bits)
+    )
 
 
 def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None) -> None:
     op = "unified_masks"
     check_weights(op, weights)
     check_keep(op, [keep], [w.numel() for w in weights], "elements")
-    _check_beta(op, beta)
+    check_beta(op, beta)
     check_within(op, weights, within)
     check_same_length(op, weights, channel_keep, "channel_keep")
     for i, (weight, count) in enumerate(zip(weights, channel_keep, strict=True)):
@@ -129,10 +153,7 @@ def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=N
                 f"{op}: channel_keep[{i}]={count} is not in [0, {weight.shape[0]}], the number "
                 "of output channels; give a count"
             )
-    if nm and (len(nm) != 2 or not 1 <= nm[0] < nm[1] <= 32):
-        raise ValueError(
-            f"{op}: nm={tuple(nm)} breaks 1 <= n < m <= 32; for example (2, 4) keeps 2 of 4"
-        )
+    check_ratio(op, nm)
     if nm and nm_bits is not None:
         raise ValueError(f"{op}: both nm={tuple(nm)} and nm_bits are given; give one of them")
     if nm_bits is not None:
@@ -144,8 +165,9 @@ def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=N
 _unified = define(
     "unified_masks(Tensor[] weights, int keep, int[] nm, int[] channel_keep, float beta, "
     "Tensor[]? within=None, Tensor[]? nm_bits=None) -> Tensor[]",
-    reference=_unified_flat,
-    cpp=partial(_unified_flat, select=topk_masks, select_nm=nm_mask),
+    triton=lazy_triton("triton_masks", "unified_masks"),
+    reference=_unified_reference,
+    cpp=_unified_cpp,
     fake=lambda weights, *_: [new_bits(w) for _ in range(3) for w in weights],
     check=_check_unified,
 )
