@@ -10,11 +10,19 @@ from torch import Tensor
 
 from . import ops
 from .bank import MaskBank
+from .global_selection import global_topk
 from .patterns import NM, Block, Channel, Dense, Pattern, Unstructured
 from .reference import block_count, ones
 from .schedules import keep_count
 
-__all__ = ["MasksDiffer", "check_ranks_agree", "eligible", "magnitude_masks", "unified_stage"]
+__all__ = [
+    "MasksDiffer",
+    "check_ranks_agree",
+    "eligible",
+    "global_topk",
+    "magnitude_masks",
+    "unified_stage",
+]
 
 
 def eligible(shape: Sequence[int], pattern: Pattern) -> str | None:

@@ -14,7 +14,7 @@ ORDER = (
     ("files", "kernels", "patterns", "schedules", "models", "distributed"),
     ("reference",),
     ("ops",),
-    ("bank",),
+    ("bank", "global_selection"),
     ("selection",),
     ("modules",),
     ("conversion",),
