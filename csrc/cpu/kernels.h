@@ -117,9 +117,23 @@ struct PlainSums {
     a += sum_a, b += sum_b;
     count_a += popcount(in_a), count_b += popcount(in_b);
   }
-  int64_t sum_a() const { return a - count_a * kMagicBits; }
-  int64_t sum_b() const { return b - count_b * kMagicBits; }
+  int64_t sum_a() { return a - count_a * kMagicBits; }
+  int64_t sum_b() { return b - count_b * kMagicBits; }
 };
+
+// The same in two steps of single precision, which vectors do twice as many of: adding 48 rounds a
+// number below 8 to a multiple of 2^-18, and adding 1.5 * 2^-15 rounds what is left of it, which is
+// exact, to a multiple of 2^-38, to nearest even. Both multiples are small: 1024 numbers sum to less
+// than 2^32 and 2^30, so sums of the bit patterns may stay in 32 bits for so many, modulo 2^32.
+constexpr float kCoarse = 48.0f, kFine = 0x1.8p-15f;
+constexpr uint32_t kCoarseBits = 0x42400000, kFineBits = 0x38400000;
+constexpr int kWordsPerFlush = 32;
+
+inline int64_t two_step_sum(uint32_t coarse, uint32_t fine, uint32_t count) {
+  const uint32_t high = coarse - count * kCoarseBits;
+  const int32_t low = static_cast<int32_t>(fine - count * kFineBits);
+  return (static_cast<int64_t>(high) << 20) + low;
+}
 
 // ---- N:M ------------------------------------------------------------------------------------------
 
@@ -178,21 +192,24 @@ void pass(const Run& run, int n, Scan<CandidateKey<F>>* scan, RunSums* sums) {
   auto* found = kSelect ? scan->words : nullptr;
   const bool keyless = kSelect && scan->lo >= scan->hi;
   const bool counts_below = kSelect && scan->counts_below;
-  int64_t above = 0, collected = 0, below = 0;
+  // Copies: the compiler must assume that the words it writes could change the run.
+  const uint32_t *const within = run.within, *const given = run.given;
+  uint32_t *const kept = run.kept, *const fresh = run.fresh;
+  uint32_t number = run.word;
+  int64_t in_sure = 0, collected = 0, below = 0;
 
   const auto one_word = [&](int64_t w, const Raw* p, uint32_t valid) __attribute__((always_inline)) {
     const B block(p);
     uint32_t sure = 0, nm = 0;
     if constexpr (kSelect) {
-      const uint32_t eligible = run.within ? valid & run.within[w] : valid;
+      const uint32_t eligible = within ? valid & within[w] : valid;
       sure = block.above(hi) & eligible;
       const uint32_t inside = block.above(below_lo) & eligible & ~sure;
-      run.kept[w] = sure;
+      kept[w] = sure;
       const int count = fast_popcount(inside);
-      above += fast_popcount(sure);
       // Written without a branch: whether a word has candidates is a coin toss.
       block.append(inside, keys);
-      *found = {run.word + static_cast<uint32_t>(w), inside};
+      *found = {number++, inside};
       keys += keyless ? 0 : count;
       collected += count;
       if (counts_below) {
@@ -200,14 +217,15 @@ void pass(const Run& run, int n, Scan<CandidateKey<F>>* scan, RunSums* sums) {
       }
       found += inside != 0;
     } else if constexpr (kScore) {
-      sure = run.kept[w] & valid;
+      sure = kept[w] & valid;
     }
     if constexpr (M != 0) {
       nm = kept_of_groups<M>(block, n) & valid;
-      run.fresh[w] = nm;
+      fresh[w] = nm;
     } else if constexpr (kScore) {
-      nm = run.given ? run.given[w] & valid : valid;
+      nm = given ? given[w] & valid : valid;
     }
+    if constexpr (kSelect) in_sure += fast_popcount(sure);
     if constexpr (kScore) {
       block.largest(top);
       total.add(block, p, sure, nm);
@@ -243,8 +261,7 @@ void pass(const Run& run, int n, Scan<CandidateKey<F>>* scan, RunSums* sums) {
   }
   if constexpr (kSelect) {
     scan->keys = keys, scan->words = found;
-    scan->above += above, scan->inside += collected;
-    scan->below += below;
+    scan->above += in_sure, scan->inside += collected, scan->below += below;
   }
   if constexpr (kScore) {
     sums->unstructured += total.sum_a();

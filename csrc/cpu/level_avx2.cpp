@@ -87,42 +87,58 @@ inline __m256i rotated(__m256i keys) {
   }
 }
 
-// All bits of lane j where bit first + j of the word is set, for four lanes of 64 bits.
+// All bits of lane j where bit first + j of the word is set, for eight lanes of 32 bits.
 inline __m256i lanes_of(uint32_t word, int first) {
-  const __m256i bit = _mm256_setr_epi64x(1, 2, 4, 8);
-  const __m256i four = _mm256_set1_epi64x(word >> first & 15);
-  return _mm256_cmpeq_epi64(_mm256_and_si256(four, bit), bit);
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i eight = _mm256_set1_epi32(static_cast<int>(word >> first));
+  return _mm256_cmpeq_epi32(_mm256_and_si256(eight, bit), bit);
 }
 
-// Sums over four doubles at a time.
+// Sums over eight numbers at a time, in two steps (see kernels.h).
 struct VectorSums {
-  __m256i a, b;
-  int64_t count_a = 0, count_b = 0;
+  __m256i coarse_a, coarse_b, fine_a, fine_b;
+  int64_t a = 0, b = 0;
+  uint32_t count_a = 0, count_b = 0;
+  int words = 0;
 
   // Spelled out: constructors that the compiler makes up do not get this file's instruction set.
-  VectorSums() : a(_mm256_setzero_si256()), b(_mm256_setzero_si256()) {}
+  VectorSums() { clear(); }
 
-  void add_eight(__m256 values, int first, uint32_t in_a, uint32_t in_b) {
-    const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), values);
-    add_four(_mm256_cvtps_pd(_mm256_castps256_ps128(magnitude)), first, in_a, in_b);
-    add_four(_mm256_cvtps_pd(_mm256_extractf128_ps(magnitude, 1)), first + 4, in_a, in_b);
+  void clear() {
+    coarse_a = coarse_b = fine_a = fine_b = _mm256_setzero_si256();
+    count_a = count_b = 0, words = 0;
   }
-  void add_four(__m256d magnitude, int first, uint32_t in_a, uint32_t in_b) {
-    const __m256i bits =
-        _mm256_castpd_si256(_mm256_add_pd(magnitude, _mm256_set1_pd(kMagic)));
-    a = _mm256_add_epi64(a, _mm256_and_si256(bits, lanes_of(in_a, first)));
-    b = _mm256_add_epi64(b, _mm256_and_si256(bits, lanes_of(in_b, first)));
+  void add_eight(__m256 magnitude, int first, uint32_t in_a, uint32_t in_b) {
+    const __m256 step = _mm256_set1_ps(kCoarse), coarse = _mm256_add_ps(magnitude, step);
+    const __m256 rest = _mm256_sub_ps(magnitude, _mm256_sub_ps(coarse, step));
+    const __m256i high = _mm256_castps_si256(coarse);
+    const __m256i low = _mm256_castps_si256(_mm256_add_ps(rest, _mm256_set1_ps(kFine)));
+    const __m256i lanes_a = lanes_of(in_a, first), lanes_b = lanes_of(in_b, first);
+    coarse_a = _mm256_add_epi32(coarse_a, _mm256_and_si256(high, lanes_a));
+    coarse_b = _mm256_add_epi32(coarse_b, _mm256_and_si256(high, lanes_b));
+    fine_a = _mm256_add_epi32(fine_a, _mm256_and_si256(low, lanes_a));
+    fine_b = _mm256_add_epi32(fine_b, _mm256_and_si256(low, lanes_b));
   }
-  void count(uint32_t in_a, uint32_t in_b) {
+  void end_word(uint32_t in_a, uint32_t in_b) {
     count_a += fast_popcount(in_a), count_b += fast_popcount(in_b);
+    if (++words == kWordsPerFlush) flush();
   }
-  static int64_t lanes_sum(__m256i sums) {
-    uint64_t lanes[4];
+  static uint32_t lanes_sum(__m256i sums) {
+    uint32_t lanes[8], total = 0;
     store(lanes, sums);
-    return static_cast<int64_t>(lanes[0] + lanes[1] + lanes[2] + lanes[3]);
+    for (uint32_t lane : lanes) total += lane;
+    return total;
   }
-  int64_t sum_a() const { return lanes_sum(a) - count_a * kMagicBits; }
-  int64_t sum_b() const { return lanes_sum(b) - count_b * kMagicBits; }
+  void flush() {
+    a += two_step_sum(lanes_sum(coarse_a), lanes_sum(fine_a), count_a);
+    b += two_step_sum(lanes_sum(coarse_b), lanes_sum(fine_b), count_b);
+    clear();
+  }
+  int64_t sum_a() {
+    flush();
+    return a;
+  }
+  int64_t sum_b() const { return b; }  // after sum_a()
 };
 
 // The keys of a mask, one after the other; few words have more than a handful.
@@ -185,12 +201,9 @@ struct Block<Float32> {
 template <>
 struct Sums<Float32> : VectorSums {
   Sums() : VectorSums() {}
-  void add(const Block<Float32>&, const int32_t* p, uint32_t in_a, uint32_t in_b) {
-    for (int first = 0; first < kWordBits; first += 8) {
-      const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(p + first));
-      add_eight(values, first, in_a, in_b);
-    }
-    count(in_a, in_b);
+  void add(const Block<Float32>& block, const int32_t*, uint32_t in_a, uint32_t in_b) {
+    for (int i = 0; i < 4; ++i) add_eight(_mm256_castsi256_ps(block.v[i]), 8 * i, in_a, in_b);
+    end_word(in_a, in_b);
   }
 };
 
@@ -204,6 +217,10 @@ struct Block16 {
           _mm256_and_si256(load(p + 16 * i), _mm256_set1_epi16(F::kMagnitude));
       v[i] = _mm256_min_epi16(magnitude, _mm256_set1_epi16(F::kNaN));
     }
+  }
+  __m128i eight(int i) const {
+    const __m256i half = v[i / 2];
+    return i % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
   }
   // One bit per lane of 16 bits: packed to bytes, which interleaves halves, and put in order again.
   static uint32_t mask_of(__m256i low, __m256i high) {
@@ -254,25 +271,21 @@ struct Block<Float16> : Block16<Float16> {
 template <>
 struct Sums<BFloat16> : VectorSums {
   Sums() : VectorSums() {}
-  void add(const Block<BFloat16>&, const int16_t* p, uint32_t in_a, uint32_t in_b) {
-    for (int first = 0; first < kWordBits; first += 8) {
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + first));
-      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
-      add_eight(_mm256_castsi256_ps(wide), first, in_a, in_b);
+  void add(const Block<BFloat16>& block, const int16_t*, uint32_t in_a, uint32_t in_b) {
+    for (int i = 0; i < 4; ++i) {
+      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(block.eight(i)), 16);
+      add_eight(_mm256_castsi256_ps(wide), 8 * i, in_a, in_b);
     }
-    count(in_a, in_b);
+    end_word(in_a, in_b);
   }
 };
 
 template <>
 struct Sums<Float16> : VectorSums {
   Sums() : VectorSums() {}
-  void add(const Block<Float16>&, const int16_t* p, uint32_t in_a, uint32_t in_b) {
-    for (int first = 0; first < kWordBits; first += 8) {
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + first));
-      add_eight(_mm256_cvtph_ps(raw), first, in_a, in_b);
-    }
-    count(in_a, in_b);
+  void add(const Block<Float16>& block, const int16_t*, uint32_t in_a, uint32_t in_b) {
+    for (int i = 0; i < 4; ++i) add_eight(_mm256_cvtph_ps(block.eight(i)), 8 * i, in_a, in_b);
+    end_word(in_a, in_b);
   }
 };
 
@@ -290,9 +303,7 @@ void keep_float16(const uint32_t* bits, const int32_t* source, int16_t* target, 
   int64_t i = 0;
   for (; i + kWordBits <= count; i += kWordBits) {
     for (int first = 0; first < kWordBits; first += 8) {
-      const __m256i eight = _mm256_set1_epi32(static_cast<int>(bits[i / kWordBits] >> first));
-      const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-      const __m256i lanes = _mm256_cmpeq_epi32(_mm256_and_si256(eight, bit), bit);
+      const __m256i lanes = lanes_of(bits[i / kWordBits], first);
       const __m256 kept = _mm256_castsi256_ps(_mm256_and_si256(load(source + i + first), lanes));
       const __m128i cast = _mm256_cvtps_ph(kept, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       _mm_storeu_si128(reinterpret_cast<__m128i*>(target + i + first), cast);

@@ -88,30 +88,66 @@ inline __m512i rotated(__m512i keys) {
   }
 }
 
-inline __m512i masked_adds(__m512i sum, uint32_t word, int byte, __m512i value) {
-  return _mm512_mask_add_epi64(sum, static_cast<__mmask8>(word >> 8 * byte), sum, value);
-}
-
-// Sums over eight doubles at a time.
+// Sums over sixteen numbers at a time, in two steps (see kernels.h).
 struct VectorSums {
-  __m512i a, b;
-  int64_t count_a = 0, count_b = 0;
+  __m512i coarse_a, coarse_b, fine_a, fine_b;
+  int64_t a = 0, b = 0;
+  uint32_t count_a = 0, count_b = 0;
+  int words = 0;
 
   // Spelled out: constructors that the compiler makes up do not get this file's instruction set.
-  VectorSums() : a(_mm512_setzero_si512()), b(_mm512_setzero_si512()) {}
+  VectorSums() { clear(); }
 
-  void add_eight(__m512d values, int byte, uint32_t in_a, uint32_t in_b) {
-    const __m512d magnitude = _mm512_abs_pd(values);
-    const __m512i bits = _mm512_castpd_si512(_mm512_add_pd(magnitude, _mm512_set1_pd(kMagic)));
-    a = masked_adds(a, in_a, byte, bits);
-    b = masked_adds(b, in_b, byte, bits);
+  void clear() {
+    coarse_a = coarse_b = fine_a = fine_b = _mm512_setzero_si512();
+    count_a = count_b = 0, words = 0;
   }
-  void count(uint32_t in_a, uint32_t in_b) {
+  void add_half(__m512 magnitude, __mmask16 in_a, __mmask16 in_b) {
+    const __m512 coarse = _mm512_add_ps(magnitude, _mm512_set1_ps(kCoarse));
+    const __m512 rest = _mm512_sub_ps(magnitude, _mm512_sub_ps(coarse, _mm512_set1_ps(kCoarse)));
+    const __m512i high = _mm512_castps_si512(coarse);
+    const __m512i low = _mm512_castps_si512(_mm512_add_ps(rest, _mm512_set1_ps(kFine)));
+    coarse_a = _mm512_mask_add_epi32(coarse_a, in_a, coarse_a, high);
+    coarse_b = _mm512_mask_add_epi32(coarse_b, in_b, coarse_b, high);
+    fine_a = _mm512_mask_add_epi32(fine_a, in_a, fine_a, low);
+    fine_b = _mm512_mask_add_epi32(fine_b, in_b, fine_b, low);
+  }
+  void add_word(__m512 first, __m512 second, uint32_t in_a, uint32_t in_b) {
+    add_half(first, static_cast<__mmask16>(in_a), static_cast<__mmask16>(in_b));
+    add_half(second, in_a >> 16, in_b >> 16);
     count_a += fast_popcount(in_a), count_b += fast_popcount(in_b);
+    if (++words == kWordsPerFlush) flush();
   }
-  int64_t sum_a() const { return _mm512_reduce_add_epi64(a) - count_a * kMagicBits; }
-  int64_t sum_b() const { return _mm512_reduce_add_epi64(b) - count_b * kMagicBits; }
+  static uint32_t lanes_sum(__m512i sums) {
+    return static_cast<uint32_t>(_mm512_reduce_add_epi32(sums));
+  }
+  void flush() {
+    a += two_step_sum(lanes_sum(coarse_a), lanes_sum(fine_a), count_a);
+    b += two_step_sum(lanes_sum(coarse_b), lanes_sum(fine_b), count_b);
+    clear();
+  }
+  int64_t sum_a() {
+    flush();
+    return a;
+  }
+  int64_t sum_b() const { return b; }  // after sum_a()
 };
+
+// The masked lanes of two vectors, one after the other. Few lanes are the rule, and stores of 64
+// bytes would cross a line nearly every time: 7.1 against 4.6 ns a word.
+inline void append_lanes(__mmask16 first, __m512i low, __mmask16 second, __m512i high,
+                         int32_t* target) {
+  const __m512i a = _mm512_maskz_compress_epi32(first, low);
+  const __m512i b = _mm512_maskz_compress_epi32(second, high);
+  const int count = fast_popcount(first);
+  if (__builtin_expect(fast_popcount(first | static_cast<uint32_t>(second) << 16) <= 4, true)) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target), _mm512_castsi512_si128(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(target + count), _mm512_castsi512_si128(b));
+  } else {
+    _mm512_storeu_si512(target, a);
+    _mm512_storeu_si512(target + count, b);
+  }
+}
 
 template <>
 struct Block<Float32> {
@@ -140,8 +176,7 @@ struct Block<Float32> {
   }
   void append(uint32_t mask, int32_t* target) const {
     const __mmask16 first = static_cast<__mmask16>(mask), second = mask >> 16;
-    _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(first, low));
-    _mm512_storeu_si512(target + fast_popcount(first), _mm512_maskz_compress_epi32(second, high));
+    append_lanes(first, low, second, high, target);
   }
   using Top = __m512i;
   void largest(Top& top) const { top = _mm512_max_epi32(top, _mm512_max_epi32(low, high)); }
@@ -151,12 +186,8 @@ struct Block<Float32> {
 template <>
 struct Sums<Float32> : VectorSums {
   Sums() : VectorSums() {}
-  void add(const Block<Float32>&, const int32_t* p, uint32_t in_a, uint32_t in_b) {
-    for (int byte = 0; byte < 4; ++byte) {
-      const __m256 values = _mm256_loadu_ps(reinterpret_cast<const float*>(p + 8 * byte));
-      add_eight(_mm512_cvtps_pd(values), byte, in_a, in_b);
-    }
-    count(in_a, in_b);
+  void add(const Block<Float32>& block, const int32_t*, uint32_t in_a, uint32_t in_b) {
+    add_word(_mm512_castsi512_ps(block.low), _mm512_castsi512_ps(block.high), in_a, in_b);
   }
 };
 
@@ -169,6 +200,9 @@ struct Block16 {
         _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(F::kMagnitude));
     keys = _mm512_min_epi16(magnitude, _mm512_set1_epi16(F::kNaN));
   }
+  __m256i half(int i) const {
+    return i == 0 ? _mm512_castsi512_si256(keys) : _mm512_extracti64x4_epi64(keys, 1);
+  }
   uint32_t above(int32_t bound) const {
     return _mm512_cmpgt_epi16_mask(keys, _mm512_set1_epi16(static_cast<int16_t>(bound)));
   }
@@ -180,10 +214,8 @@ struct Block16 {
   }
   void append(uint32_t mask, int32_t* target) const {
     const __mmask16 first = static_cast<__mmask16>(mask), second = mask >> 16;
-    const __m512i low = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(keys));
-    const __m512i high = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(keys, 1));
-    _mm512_storeu_si512(target, _mm512_maskz_compress_epi32(first, low));
-    _mm512_storeu_si512(target + fast_popcount(first), _mm512_maskz_compress_epi32(second, high));
+    const __m512i low = _mm512_cvtepi16_epi32(half(0)), high = _mm512_cvtepi16_epi32(half(1));
+    append_lanes(first, low, second, high, target);
   }
   using Top = __m512i;
   void largest(Top& top) const { top = _mm512_max_epi16(top, keys); }
@@ -206,25 +238,19 @@ struct Block<Float16> : Block16<Float16> {
 template <>
 struct Sums<BFloat16> : VectorSums {
   Sums() : VectorSums() {}
-  void add(const Block<BFloat16>&, const int16_t* p, uint32_t in_a, uint32_t in_b) {
-    for (int byte = 0; byte < 4; ++byte) {
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * byte));
-      const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
-      add_eight(_mm512_cvtps_pd(_mm256_castsi256_ps(wide)), byte, in_a, in_b);
-    }
-    count(in_a, in_b);
+  void add(const Block<BFloat16>& block, const int16_t*, uint32_t in_a, uint32_t in_b) {
+    add_word(wide(block.half(0)), wide(block.half(1)), in_a, in_b);
+  }
+  static __m512 wide(__m256i keys) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(keys), 16));
   }
 };
 
 template <>
 struct Sums<Float16> : VectorSums {
   Sums() : VectorSums() {}
-  void add(const Block<Float16>&, const int16_t* p, uint32_t in_a, uint32_t in_b) {
-    for (int byte = 0; byte < 4; ++byte) {
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * byte));
-      add_eight(_mm512_cvtps_pd(_mm256_cvtph_ps(raw)), byte, in_a, in_b);
-    }
-    count(in_a, in_b);
+  void add(const Block<Float16>& block, const int16_t*, uint32_t in_a, uint32_t in_b) {
+    add_word(_mm512_cvtph_ps(block.half(0)), _mm512_cvtph_ps(block.half(1)), in_a, in_b);
   }
 };
 
