@@ -11,21 +11,17 @@
 
 #include <array>
 #include <cmath>
-#include <functional>
 
-#include "sequence.h"
+#include "sample.h"
 
 namespace sparse_cocktail {
 
 // How often selections of this process have read all of their weights; tests look at differences.
 inline std::atomic<int64_t> weight_passes{0};
 
-constexpr int64_t kSample = int64_t{1} << 16;
-constexpr int64_t kSampleRun = 16;      // neighbours that are sampled together: one cache line
 constexpr double kDeviations = 4.0;     // of the sampled rank, on either side
 constexpr int64_t kSmall = int64_t{1} << 13;  // up to here every key is a candidate
 constexpr int64_t kCandidateShare = 8;  // room for candidates: one key of so many, per slot
-constexpr int kBins = 4096;
 
 // Channel scores that are summed on the way (unified masks); null pointers: not wanted.
 struct ScoreSums {
@@ -162,7 +158,7 @@ class Selection {
   }
 
   void sample_bracket() {
-    std::vector<Key> sample = draw_sample();
+    const std::vector<Key> sample = draw_sample(sequence_);
     lo_ = 0, hi_ = F::kNaN;
     const int64_t drawn = sample.size();
     if (drawn == 0) return;
@@ -173,67 +169,15 @@ class Selection {
     const int64_t first = static_cast<int64_t>(share * drawn - spread);
     const int64_t last = static_cast<int64_t>(share * drawn + spread) + 1;
     std::vector<uint32_t> bins(kBins);
-    for (const Key key : sample) ++bins[key >> kSampleShift];
-    if (first > 0) hi_ = ranked(sample, bins, first);
-    if (last < drawn) lo_ = ranked(sample, bins, last);
+    for (const Key key : sample) ++bins[key >> kSampleShift<F>];
+    if (first > 0) hi_ = ranked<F>(sample, bins, first);
+    if (last < drawn) lo_ = ranked<F>(sample, bins, last);
     // Many keys that equal lo (zeros of a pruned network) would not fit among the candidates: they
     // are only counted, and if the threshold is lo, a second pass takes their bits.
     if (lo_ < hi_ && std::count(sample.begin(), sample.end(), lo_) > drawn / 16) {
       counts_below_ = true;
       ++lo_;
     }
-  }
-
-  static constexpr int kSampleShift = 8 * sizeof(Raw) - 1 - 12;  // leaves kBins digits
-
-  // The key of a rank, largest first, from 0: its bin, and its place among the keys of that bin.
-  static Key ranked(const std::vector<Key>& sample, const std::vector<uint32_t>& bins,
-                    int64_t rank) {
-    int64_t bin = kBins - 1;
-    for (; rank >= bins[bin]; --bin) rank -= bins[bin];
-    std::vector<Key> same;
-    same.reserve(bins[bin]);
-    for (const Key key : sample) {
-      if (key >> kSampleShift == bin) same.push_back(key);
-    }
-    std::nth_element(same.begin(), same.begin() + rank, same.end(), std::greater<Key>());
-    return same[rank];
-  }
-
-  // Runs of neighbours at even distances over the sequence.
-  std::vector<Key> draw_sample() const {
-    struct Start {
-      const Raw* data;
-      int64_t stride, count;
-      uint32_t eligible;
-    };
-    const int64_t words = sequence_.words();
-    const int64_t size = std::min(kSample, sequence_.elements() / 8);
-    const int64_t runs = std::max<int64_t>(1, size / kSampleRun);
-    std::vector<Start> starts;
-    starts.reserve(runs);
-    const auto* part = sequence_.parts().data();
-    for (int64_t i = 0; i < runs; ++i) {
-      const auto position = static_cast<int64_t>((i + 0.5) / runs * words);
-      while (position >= part->first_word + part->view.words()) ++part;
-      const int64_t word = position - part->first_word;
-      const WeightView& view = part->view;
-      const int64_t row = word / view.row_words(), first = word % view.row_words() * kWordBits;
-      starts.push_back({part->data + view.row_offset(row) + first * view.in_stride, view.in_stride,
-                        std::min(view.in - first, kSampleRun),
-                        part->within ? part->within[word] : ~uint32_t{0}});
-    }
-    std::vector<Key> sample;
-    sample.reserve(runs * kSampleRun);
-    constexpr int64_t ahead = 32;  // every run is a cache miss: have many under way
-    for (int64_t i = 0; i < runs; ++i) {
-      if (i + ahead < runs) __builtin_prefetch(starts[i + ahead].data);
-      const Start& start = starts[i];
-      for (int64_t j = 0; j < start.count; ++j) {
-        if (start.eligible >> j & 1) sample.push_back(key_of<F>(start.data[j * start.stride]));
-      }
-    }
-    return sample;
   }
 
   // ---- the pass ----
