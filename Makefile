@@ -1,12 +1,14 @@
 # Everything a checkout needs. `demo`, `test` and `lint` set up .venv themselves, once.
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   SYSTEM_TORCH=1      use PYTHON with its own torch: no .venv, no network, only the C++ build
+#   OUT=folder          where demo (runs/digits), bench and gpu (benchmarks/results) leave files
 
 PYTHON ?= python3
 SYSTEM_TORCH ?=
-OUT ?= runs/digits
+OUT ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
+BENCH_ARGS ?=
 
 VENV := .venv
 EXTENSION := sparse_cocktail/_C.abi3.so
@@ -27,18 +29,28 @@ TESTERS := $(VENV)/.testers
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench gpu gpu-smoke lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets (the default)
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 	@sed -n 's/^#   /  /p' Makefile
 
 demo: $(EXTENSION)  ## co-train on digits; DEMO_ARGS="--epochs 1 --stages 2" OUT=folder
-	$(PY) -m sparse_cocktail.cli train --recipe digits --out "$(OUT)" --overwrite $(DEMO_ARGS)
+	$(PY) -m sparse_cocktail.cli train --recipe digits --out "$(or $(OUT),runs/digits)" --overwrite $(DEMO_ARGS)
 
 test: $(EXTENSION) $(TESTERS)  ## run the test suite; TEST_ARGS="-k masks"
 	$(PY) -m pytest $(TEST_ARGS)
+
+bench: $(EXTENSION)  ## time the mask ops on this CPU; BENCH_ARGS="--cases resnet50 --threads 1"
+	$(PY) -m sparse_cocktail.cli bench masks $(if $(OUT),--out "$(OUT)") $(BENCH_ARGS)
+
+# Both use PYTHON with its own torch, as SYSTEM_TORCH=1 does, and build, test and measure in one go.
+gpu-smoke:  ## on a machine with a GPU: build, the tests of the masks, a short bench (2 minutes)
+	$(PYTHON) benchmarks/gpu.py smoke $(if $(OUT),--out "$(OUT)")
+
+gpu:  ## on a machine with a GPU: build, tests, all benchmarks (9 minutes)
+	$(PYTHON) benchmarks/gpu.py full $(if $(OUT),--out "$(OUT)")
 
 lint: $(TESTERS)  ## check style and format
 	$(PY) -m ruff check .

@@ -1,0 +1,174 @@
+"""`make gpu-smoke` and `make gpu`: build, test and measure on a machine with a GPU, in one go.
+
+    python3 benchmarks/gpu.py smoke            about two minutes
+    python3 benchmarks/gpu.py full --out DIR   within nine
+
+It uses the interpreter that runs it, with that interpreter's own torch, and needs no network. Every
+step has a limit in seconds and the next one follows when it fails; the exit code is 1 if any did.
+Results (JSON and Markdown per bench, log of the tests) go to DIR, or else to benchmarks/results/;
+`sparse-cocktail bench masks --redraw FILE.json` draws the pictures of a JSON that was brought home.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOTAL = {"smoke": 150, "full": 530}  # seconds in all: `make gpu` ends within nine minutes
+LIMITS = {  # seconds of a step at most; what is left of the total cuts it too
+    "smoke": {"build": 90, "tests": 75, "bench": 60},
+    "full": {"build": 90, "tests": 210, "bench": 400},
+}
+# Tests that run ops, banks and modules on every device that a backend has. Patterns, because a
+# family may have several files and some come later.
+TESTS = {
+    "smoke": ("test_masks.py", "test_bank.py", "test_triton*.py"),
+    "full": (
+        "test_mask*.py",
+        "test_ops.py",
+        "test_bank.py",
+        "test_global_topk.py",
+        "test_rows*.py",
+        "test_channels.py",
+        "test_modules.py",
+        "test_triton*.py",
+        "test_cuda*.py",
+        "test_gpu*.py",
+    ),
+}
+BENCHES = ("masks",)
+
+
+@dataclass
+class Step:
+    """What one step did."""
+
+    name: str
+    code: int
+    seconds: float
+    says: str
+
+    @property
+    def state(self) -> str:
+        return "ok" if self.code == 0 else "timed out" if self.code == 124 else "FAILED"
+
+
+def run(name: str, command: Sequence[str], limit: float, log: Path | None = None) -> Step:
+    """One command in the checkout, its output shown and kept; 124 when it ran past its limit."""
+    print(f"== {name}", flush=True)
+    started = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=max(limit, 1.0))
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)  # its own children end with it
+        try:
+            output, _ = process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+        code = 124
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(output.replace(f"{ROOT}/", ""))
+    lines = output.rstrip().splitlines()
+    shown = [line for line in lines if not re.fullmatch(r"[.sxFE]+\s*(\[\s*\d+%\])?", line)]
+    print("\n".join(shown[-80:]), flush=True)
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return Step(name, code, time.monotonic() - started, last.strip(" =")[:110])
+
+
+def tests(kind: str) -> list[str]:
+    """Test files of this checkout that say something about the GPU."""
+    found = [path for name in TESTS[kind] for path in sorted((ROOT / "tests").glob(name))]
+    return [str(path.relative_to(ROOT)) for path in found]
+
+
+def pytest_command(kind: str) -> list[str]:
+    """Tests of the GPU part, in several processes where pytest-xdist is there."""
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short", "-rfE"]
+    try:
+        import xdist  # noqa: F401
+
+        options += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+    except ImportError:
+        pass
+    if kind == "smoke":
+        options += ["-m", "not slow"]
+    return [sys.executable, "-m", "pytest", *options, *tests(kind)]
+
+
+def bench_command(bench: str, kind: str, device: str, out: Path | None) -> list[str]:
+    command = [sys.executable, "-m", "sparse_cocktail.cli", "bench", bench, "--device", device]
+    if kind == "smoke":
+        command += ["--quick"]
+        command += ["--cases", "resnet50,1e6,1e7"] if device == "cuda" else []
+    if out is None and kind == "smoke":  # too short to be kept as results
+        out = ROOT / "runs" / "gpu-smoke"
+    if out is not None:  # few files: pictures are drawn from the JSON later
+        command += ["--out", str(out / bench), "--no-pictures"]
+    return command
+
+
+def collect(steps: Sequence[Step]) -> str:
+    """The closing table."""
+    lines = ["", "step      state      seconds  last line"]
+    for step in steps:
+        lines.append(f"{step.name:<9} {step.state:<10} {step.seconds:7.0f}  {step.says}")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all steps; 0 when every one did."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=("smoke", "full"))
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal"
+    )
+    parser.add_argument("--skip", nargs="*", default=[], choices=("build", "tests", "bench"))
+    given = parser.parse_args(arguments)
+    out = given.out.resolve() if given.out else None
+    started, steps = time.monotonic(), []
+
+    def left(step: str, reserve: float = 0.0) -> float:
+        spent = time.monotonic() - started
+        return min(LIMITS[given.kind][step], TOTAL[given.kind] - reserve - spent)
+
+    if "build" not in given.skip:
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+        steps.append(run("build", command, left("build")))
+    if "tests" not in given.skip:
+        log = out / "tests.log" if out else None
+        reserve = 60 if given.kind == "smoke" else 260  # for the measurements
+        steps.append(run("tests", pytest_command(given.kind), left("tests", reserve), log))
+    if "bench" not in given.skip:
+        for place, bench in enumerate(BENCHES):
+            share = left("bench") / (len(BENCHES) - place)
+            command = bench_command(bench, given.kind, given.device, out)
+            steps.append(run(bench, command, share))
+    print(collect(steps), flush=True)
+    return int(any(step.code for step in steps))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
