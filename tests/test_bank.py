@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_cocktail import NM, Block, Channel, Dense, MaskBank, Unstructured, ops
 from sparse_cocktail.schedules import keep_count
@@ -150,6 +151,83 @@ def test_nm():
     assert bank.count(row) == bank.numel // 2
     with pytest.raises(ValueError, match="in=36, which is not a multiple of m=8"):
         bank.nm_(row, 2, 8)
+
+
+class Allocations(TorchDispatchMode):
+    """Names of torch's ops that return new memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "aten" and not op.is_view:
+            self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_selections_allocate_nothing_after_the_first():
+    weights = [torch.randn(6, 8, 3, 3), torch.randn(300, 360), torch.randn(5, 32)]
+    bank = MaskBank(weights)
+    u, n, c = (bank.add() for _ in range(3))
+    keep, channels = torch.tensor(20_000), torch.tensor([3, 150, 4])
+
+    def select():
+        bank.topk_(u, keep)
+        bank.topk_(u, keep, within=u)
+        bank.nm_(n, 2, 4)
+        bank.unified_((u, n, c), keep, (2, 4), channels)
+
+    select()
+    with Allocations() as seen:
+        select()
+    assert seen.names == []
+    expected = ops.unified_masks(weights, 20_000, (2, 4), [3, 150, 4])
+    for row, masks in zip((u, n, c), expected, strict=True):
+        assert_same(bank.views(row), masks)
+
+
+def test_counts_in_tensors_are_read_late_and_clamped(bank):
+    row, keep = bank.add(), torch.tensor(5)
+    for count, kept in ((7, 7), (-3, 0), (TOTAL + 99, TOTAL)):
+        keep.fill_(count)
+        bank.topk_(row, keep)
+        assert bank.count(row) == kept
+    with pytest.raises(ValueError, match=r"MaskBank.topk_: keep=-1 is not in \[0, "):
+        bank.topk_(row, -1)
+    with pytest.raises(TypeError, match="keep is torch.int32 .*int64"):
+        bank.topk_(row, keep.int())
+    with pytest.raises(ValueError, match=r"channel_keep\[1\]=6 is not in \[0, 5\]"):
+        bank.unified_((row, None, bank.add()), 5, None, [1, 6, 1, 1])
+
+
+def test_scratch_follows_threads_backend_and_weights(weights, threads):
+    bank = MaskBank(weights)
+    row = bank.add()
+    expected = ops.topk_masks(weights, 300)
+    for count in (1, 4, 2):
+        threads(count)
+        bank.topk_(row, 300)
+        assert_same(bank.views(row), expected)
+    with ops.backend("reference"):
+        bank.topk_(row, 300)
+    assert_same(bank.views(row), expected)
+    with torch.no_grad():
+        weights[3].data = torch.randn_like(weights[3]) * 9
+    bank.topk_(row, 300)
+    assert_same(bank.views(row), ops.topk_masks(weights, 300))
+
+
+def test_a_row_may_be_its_own_candidates_when_the_bracket_misses():
+    """Few are sampled that are large: more than one read, so `within` must be kept."""
+    weight = torch.rand(256, 1024)
+    weight.view(-1, 32)[:, :16] += 2
+    bank = MaskBank([weight])
+    row = bank.add()
+    bank.topk_(row, 200_000)
+    before = [v.clone() for v in bank.views(row)]
+    bank.topk_(row, 150_000, within=row)
+    assert_same(bank.views(row), ops.topk_masks([weight], 150_000, before))
 
 
 @pytest.mark.parametrize("nm", [(2, 4), None], ids=["2:4", "from_row"])

@@ -320,6 +320,26 @@ def test_exact_in_few_passes(values, most, dtype):
         assert 1 <= passes <= most, f"{passes} passes for keep={keep}"
 
 
+def test_more_than_two_to_the_31_elements():
+    """One row, seen 40,000 times through a stride of 0, and another weight after it."""
+    row, other = torch.randn(1, 65_536), torch.randn(100, 1000)
+    weight = row.expand(40_000, -1)
+    total = weight.numel() + other.numel()
+    keep = total // 3 + 12_345
+    assert total > 2**31
+    first, second = cpp.topk_masks([weight, other], [keep], None)
+    assert int(cpp.mask_count(first)) + int(cpp.mask_count(second)) == keep
+    keys, order = torch.cat([row[0].abs(), other.flatten().abs()]).sort(descending=True)
+    copies = torch.where(order < 65_536, 40_000, 1).cumsum(0)
+    threshold = keys[(copies >= keep).nonzero()[0, 0]]
+    top = cpp.unpack_mask(first[:1].contiguous(), [1, 65_536])
+    end = cpp.unpack_mask(first[-1:].contiguous(), [1, 65_536])
+    assert torch.equal(top | (row.abs() == threshold), row.abs() >= threshold)
+    assert torch.equal(end | (row.abs() == threshold), row.abs() >= threshold)
+    rows_kept = cpp.mask_count(first[:, :, 0].contiguous() & 1)
+    assert rows_kept in (0, 40_000) or abs(row[0, 0]) == threshold
+
+
 # ---- rows of a mask bank -------------------------------------------------------------------------
 
 

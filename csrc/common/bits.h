@@ -47,6 +47,32 @@ SC_HOST_DEVICE constexpr uint32_t lowest_set_bits(uint32_t word, int64_t count) 
   return word ^ rest;
 }
 
+// Lane bits as constants of the lane's own width: baseline SSE2 can test or set a constant bit per
+// lane, but has no shift by lane. Words fall into pieces of as many lanes as a lane has bits.
+template <class Lane>
+struct LaneBits {
+  static constexpr int kPiece = sizeof(Lane) < 4 ? 8 * sizeof(Lane) : kWordBits;
+  Lane bit[kPiece] = {};
+  constexpr LaneBits() {
+    for (int j = 0; j < kPiece; ++j) bit[j] = static_cast<Lane>(uint64_t{1} << j);
+  }
+};
+template <class Lane>
+constexpr LaneBits<Lane> kLaneBits{};
+
+// The word whose bit j is test(lanes[j]). Lanes past the end of a row are masked by the caller.
+template <class Lane, class Fn>
+inline uint32_t word_where(const Lane* lanes, const Fn& test) {
+  constexpr int piece = LaneBits<Lane>::kPiece;
+  uint32_t word = 0;
+  for (int first = 0; first < kWordBits; first += piece) {
+    Lane bits = 0;
+    for (int j = 0; j < piece; ++j) bits |= test(lanes[first + j]) ? kLaneBits<Lane>.bit[j] : 0;
+    word |= (static_cast<uint32_t>(bits) & low_bits(piece)) << first;
+  }
+  return word;
+}
+
 // A number format: its bits as a signed integer, and the bits of infinity. Keys stay below
 // the sign bit, so signed compares (the only ones SSE2 has) order them.
 template <class RawType, RawType kInfinityBits>

@@ -116,32 +116,6 @@ inline void load_lanes(Lane* lanes, const Source* source, int64_t stride, int64_
   }
 }
 
-// Lane bits as constants of the lane's own width: baseline SSE2 can test or set a constant bit per
-// lane, but has no shift by lane. Words fall into pieces of as many lanes as a lane has bits.
-template <class Lane>
-struct LaneBits {
-  static constexpr int kPiece = sizeof(Lane) < 4 ? 8 * sizeof(Lane) : kWordBits;
-  std::array<Lane, kPiece> bit{};
-  constexpr LaneBits() {
-    for (int j = 0; j < kPiece; ++j) bit[j] = static_cast<Lane>(uint64_t{1} << j);
-  }
-};
-template <class Lane>
-inline constexpr LaneBits<Lane> kLaneBits{};
-
-// The word whose bit j is test(lanes[j]). Lanes past the end of a row are masked by the caller.
-template <class Lane, class Fn>
-inline uint32_t word_where(const Lane* lanes, const Fn& test) {
-  constexpr int piece = LaneBits<Lane>::kPiece;
-  uint32_t word = 0;
-  for (int first = 0; first < kWordBits; first += piece) {
-    Lane bits = 0;
-    for (int j = 0; j < piece; ++j) bits |= test(lanes[first + j]) ? kLaneBits<Lane>.bit[j] : 0;
-    word |= (static_cast<uint32_t>(bits) & low_bits(piece)) << first;
-  }
-  return word;
-}
-
 // Uninitialised: whoever calls this writes every word, padding bits included.
 inline Tensor empty_bits(const WeightView& view) {
   return torch::stable::empty({view.out, view.taps, view.row_words()}, ScalarType::Int);

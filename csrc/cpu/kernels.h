@@ -10,130 +10,13 @@
 //   append(mask, Key* target)       writes the masked keys one after the other, may write 32
 //   largest(Top&)                   keeps a running maximum per lane
 //
-// and Sums<F> adds fixed-point values under two words (see PlainSums below). A level also has
+// and Sums<F> adds fixed-point values under two words (see PlainSums). A level also has
 // fast_popcount, compare_keys and deposit (see plain_compare_keys, plain_deposit).
 //
 // Nothing here may call inline functions of the C++ library: the linker keeps one copy of those for
 // the whole binary, and it must not be one that needs this level's instructions.
 
-// ---- plain C++, for every format ------------------------------------------------------------------
-
-template <class F>
-struct PlainBlock {
-  using Raw = typename F::Raw;
-  using Key = CandidateKey<F>;
-  Raw keys[kWordBits];
-
-  explicit PlainBlock(const Raw* p) {
-    for (int j = 0; j < kWordBits; ++j) keys[j] = key_of<F>(p[j]);
-  }
-  template <class Test>
-  uint32_t where(const Test& test) const {
-    // Bits as constants of the lane's own width: SSE2 has no shift by lane.
-    constexpr int piece = sizeof(Raw) < 4 ? 8 * sizeof(Raw) : kWordBits;
-    uint32_t word = 0;
-    for (int first = 0; first < kWordBits; first += piece) {
-      Raw bits = 0;
-      for (int j = 0; j < piece; ++j) {
-        bits |= test(first + j) ? static_cast<Raw>(uint64_t{1} << j) : Raw{0};
-      }
-      word |= (static_cast<uint32_t>(bits) & low_bits(piece)) << first;
-    }
-    return word;
-  }
-  uint32_t above(Key bound) const {
-    const Raw limit = static_cast<Raw>(bound);
-    return where([&](int j) { return keys[j] > limit; });
-  }
-  template <int M, int S>
-  uint32_t beaten() const {
-    return where([&](int j) {
-      const int other = j / M * M + (j + S) % M;
-      return keys[other] + (other < j) > keys[j];
-    });
-  }
-  void append(uint32_t mask, Key* target) const {
-    for (; mask != 0; mask &= mask - 1) *target++ = keys[__builtin_ctz(mask)];
-  }
-  using Top = Raw;
-  void largest(Top& top) const {
-    for (int j = 0; j < kWordBits; ++j) top = keys[j] > top ? keys[j] : top;
-  }
-};
-
-// Fixed point without a conversion: adding 1.5 * 2^14 to a double below 8 rounds it to a multiple of
-// 2^-38, to nearest even, and leaves the multiple in its low bits. Sums of such bit patterns are sums
-// of the multiples plus a known constant per element.
-constexpr double kMagic = 24576.0;
-constexpr int64_t kMagicBits = 0x40D8000000000000;
-constexpr double kExactBelow = 8.0;
-constexpr int64_t kExactElements = int64_t{1} << 20;  // 2^20 * 8 * 2^38 fits an int64
-
-inline int64_t magic_bits(double value) {
-  const double shifted = value + kMagic;
-  int64_t bits;
-  memcpy(&bits, &shifted, sizeof bits);
-  return bits;
-}
-
-// The first key that is too large for it.
-template <class F>
-constexpr typename F::Raw first_inexact_key();
-template <>
-constexpr int64_t first_inexact_key<Float64>() { return 0x4020000000000000; }
-template <>
-constexpr int32_t first_inexact_key<Float32>() { return 0x41000000; }
-template <>
-constexpr int16_t first_inexact_key<Float16>() { return 0x4800; }
-template <>
-constexpr int16_t first_inexact_key<BFloat16>() { return 0x4100; }
-
-inline double value_of_key(Float64, int64_t key) {
-  double value;
-  memcpy(&value, &key, sizeof value);
-  return value;
-}
-inline double value_of_key(Float32, int32_t key) {
-  float value;
-  memcpy(&value, &key, sizeof value);
-  return value;
-}
-template <class F>
-inline double value_of_key(F, int16_t key) {
-  return value_of_key(Float32{}, widen_key(F{}, key));
-}
-
-template <class F>
-struct PlainSums {
-  int64_t a = 0, b = 0, count_a = 0, count_b = 0;
-  template <class B>
-  void add(const B&, const typename F::Raw* p, uint32_t in_a, uint32_t in_b) {
-    uint64_t sum_a = 0, sum_b = 0;  // wrap around on the way: unsigned
-    for (int j = 0; j < kWordBits; ++j) {
-      const uint64_t bits = magic_bits(value_of_key(F{}, key_of<F>(p[j])));
-      sum_a += bits & -static_cast<uint64_t>(in_a >> j & 1);
-      sum_b += bits & -static_cast<uint64_t>(in_b >> j & 1);
-    }
-    a += sum_a, b += sum_b;
-    count_a += popcount(in_a), count_b += popcount(in_b);
-  }
-  int64_t sum_a() { return a - count_a * kMagicBits; }
-  int64_t sum_b() { return b - count_b * kMagicBits; }
-};
-
-// The same in two steps of single precision, which vectors do twice as many of: adding 48 rounds a
-// number below 8 to a multiple of 2^-18, and adding 1.5 * 2^-15 rounds what is left of it, which is
-// exact, to a multiple of 2^-38, to nearest even. Both multiples are small: 1024 numbers sum to less
-// than 2^32 and 2^30, so sums of the bit patterns may stay in 32 bits for so many, modulo 2^32.
-constexpr float kCoarse = 48.0f, kFine = 0x1.8p-15f;
-constexpr uint32_t kCoarseBits = 0x42400000, kFineBits = 0x38400000;
-constexpr int kWordsPerFlush = 32;
-
-inline int64_t two_step_sum(uint32_t coarse, uint32_t fine, uint32_t count) {
-  const uint32_t high = coarse - count * kCoarseBits;
-  const int32_t low = static_cast<int32_t>(fine - count * kFineBits);
-  return (static_cast<int64_t>(high) << 20) + low;
-}
+#include "plain.h"
 
 // ---- N:M ------------------------------------------------------------------------------------------
 
@@ -311,27 +194,6 @@ int64_t settle(Settling<CandidateKey<F>>& s, uint32_t end, uint32_t* kept) {
   }
   const int64_t tie = magic_bits(value_of_key(F{}, static_cast<typename F::Raw>(threshold)));
   return static_cast<int64_t>(sum) - above * kMagicBits + ties_kept * (tie - kMagicBits);
-}
-
-// Plain forms of what settle() needs: bit i of the result is keys[i] > threshold, and equal to it.
-template <class Key>
-inline uint32_t plain_compare_keys(const Key* keys, int count, Key threshold, uint32_t& equal) {
-  uint32_t above = 0;
-  equal = 0;
-  for (int i = 0; i < count; ++i) {
-    above |= static_cast<uint32_t>(keys[i] > threshold) << i;
-    equal |= static_cast<uint32_t>(keys[i] == threshold) << i;
-  }
-  return above;
-}
-
-// The bits of `source` at the places of the set bits of `places`.
-inline uint32_t plain_deposit(uint32_t source, uint32_t places) {
-  uint32_t result = 0;
-  for (; places != 0; places &= places - 1, source >>= 1) {
-    result |= (source & 1) != 0 ? places & -places : 0;
-  }
-  return result;
 }
 
 template <class F>
