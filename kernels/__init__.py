@@ -1,1 +1,13 @@
-"""Triton kernels, installed as `sparse_cocktail.kernels`. Each file is one family of ops."""
+"""Triton kernels, installed as `sparse_cocktail.kernels`.
+
+    plan.py     how a list of weights is cut into tiles; tables and scratch memory (plain torch)
+    tiles.py    what all kernels share: reading a tile as keys, words of bits, N:M, fixed point
+    sweep.py    the one pass over the weights: sure bits, candidates, N:M bits, channel scores
+    bracket.py  sample of the keys, and the bracket around the threshold
+    select.py   the small kernels after it that make the top-k exact
+    channels.py scores of channels and blocks, choice of channels
+    simple.py   pack, unpack, count, N:M alone, masked weights
+    launch.py   the order in which the kernels of one selection run
+
+Nothing here is imported before a Triton op is called.
+"""
