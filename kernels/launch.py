@@ -168,14 +168,14 @@ def _select(plan, scratch, keep, within, row, unified, trial) -> None:
         sweep.sweep[grid](
             table, tile_map, state, eligible, candidates, ties, tile_ties, coarse, sums, row,
             nm_from, nm_row, **common, WITHIN=nested, FINAL=final, **nm,
-            num_warps=4 if unified is None else WARPS,
+            num_warps=WARPS if unified is not None and not final else 4,
         )  # fmt: skip
 
     run_sweep(final=False)
     for level, histogram in enumerate((scratch.first, scratch.second)):
         select.digits[grid if grid[0] > many[0] else many](
             table, tile_map, state, eligible, candidates, histogram, **common, WITHIN=nested,
-            LEVEL=level, SIZE=CANDIDATES_SIZE, num_warps=WARPS,
+            LEVEL=level, SIZE=CANDIDATES_SIZE, num_warps=WARPS if level == 0 else 4,
         )  # fmt: skip
         select.choose[(1,)](
             table, state, histogram, FORMAT=plan.format, LEVEL=level, num_warps=WARPS

@@ -51,7 +51,8 @@ def cases(full):
             for n, m in ((2, 4), (4, 8)) if full and not final else ((2, 4),):
                 unified = {**plain, "NM": 1, "N": n, "M": m, "WRITE_NM": True}
                 constants = {**unified, "WITHIN": True, "FINAL": final}
-                yield f"unified-{name}-{n}:{m}-{final=}", sweep.sweep, constants, launch.WARPS, {}
+                warps = 4 if final else launch.WARPS
+                yield f"unified-{name}-{n}:{m}-{final=}", sweep.sweep, constants, warps, {}
         yield f"sum_channels-{name}", sweep.sum_channels, common, launch.WARPS, {}
         constants = {**common, "WITHIN": True, "SAMPLES": launch.SAMPLES}
         constants["SIZE"] = launch.sample_size(torch.device("cuda"))
@@ -61,7 +62,8 @@ def cases(full):
         size = {"SIZE": launch.CANDIDATES_SIZE}
         for level in (0, 1):
             constants = {**common, **size, "WITHIN": True, "LEVEL": level}
-            yield f"digits-{name}-{level}", select.digits, constants, launch.WARPS, {}
+            warps = launch.WARPS if level == 0 else 4
+            yield f"digits-{name}-{level}", select.digits, constants, warps, {}
             constants = {"FORMAT": number, "LEVEL": level}
             yield f"choose-{name}-{level}", select.choose, constants, launch.WARPS, {}
         yield f"fix_up-{name}", select.fix_up, {**common, **size, "SCORES": True}, launch.WARPS, {}

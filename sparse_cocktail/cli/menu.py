@@ -200,12 +200,11 @@ def _machine() -> None:
         "threads": torch.get_num_threads(),
         "GPU": cuda,
         "C++ extension": ops.extension_path or "not built: plain PyTorch is used",
+        "C++ kernels for": ops.cpu_level() or "-",
     }.items():
         table.add_row(what, str(value))
     console.print(table)
     kernels = Table("op", "implementations (reference = plain PyTorch)", title="ops")
-    for op in sorted(
-        set(ops.__all__) - {"BACKENDS", "backend", "extension_path", "implementations"}
-    ):
+    for op in ops.defined():
         kernels.add_row(op, ", ".join(ops.implementations(op)))
     console.print(kernels)

@@ -6,6 +6,7 @@ from .dispatch import (
     chosen,
     cpu_level,
     cpu_levels,
+    defined,
     extension_path,
     implementations,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "chosen",
     "cpu_level",
     "cpu_levels",
+    "defined",
     "extension_path",
     "implementations",
     "mask_and",

@@ -102,6 +102,11 @@ def cpu_level(name: str | None = None) -> str | AbstractContextManager[None] | N
     return _forced_level(levels.index(name))
 
 
+def defined() -> tuple[str, ...]:
+    """Names of all ops."""
+    return tuple(sorted(_implementations))
+
+
 def implementations(op: str) -> tuple[str, ...]:
     """Backends that implement an op here, the fallback `reference` first."""
     if op not in _implementations:
