@@ -112,20 +112,21 @@ def run(
             tell(f"{case}: left out, the weights do not fit into the memory of this GPU")
             continue
         for op, make in wanted:
-            inputs.first()
             try:
+                inputs.first()
                 group = make(inputs.sets[0])
             except Exception as error:  # noqa: BLE001 - such as no memory: the other groups go on
                 result["rows"].append(broken(op, case, error))
                 continue
             tell(f"{case}: {group.op} {group.setting}")
             for impl in group.impls if inputs.case.numel > GRAPH_LIMIT else ():
-                impl.graph = impl.ours or impl.name in LIMITS
+                impl.graph = impl.graph and (impl.ours or impl.name in LIMITS)
             result["rows"] += measure(group, inputs, plan, clock)
+            write(folder / f"{name}.json", result)  # whatever ends the run, this much is there
         if place.type == "cuda":
             environment["clocks_end"] = clocks()
         write(folder / f"{name}.json", result)
-        redraw(folder / f"{name}.json", pictures=False)  # whatever ends the run, this much is there
+        redraw(folder / f"{name}.json", pictures=False)
     return result, redraw(folder / f"{name}.json", pictures)
 
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL = {"smoke": 150, "full": 530}  # seconds in all: `make gpu` ends within nine minutes
+TOTAL = {"smoke": 240, "full": 530}  # seconds in all: `make gpu` ends within nine minutes
 LIMITS = {  # seconds of a step at most; what is left of the total cuts it too
-    "smoke": {"build": 90, "tests": 75, "bench": 60},
+    "smoke": {"build": 90, "tests": 150, "bench": 60},
     "full": {"build": 90, "tests": 210, "bench": 400},
 }
 # Tests that run ops, banks and modules on every device that a backend has. Patterns, because a
@@ -36,7 +36,6 @@ TESTS = {
         "test_mask*.py",
         "test_ops.py",
         "test_bank.py",
-        "test_global_topk.py",
         "test_rows*.py",
         "test_channels.py",
         "test_modules.py",
@@ -80,7 +79,7 @@ def run(name: str, command: Sequence[str], limit: float, log: Path | None = None
         output, _ = process.communicate(timeout=max(limit, 1.0))
         code = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGTERM)  # its own children end with it
+        os.killpg(process.pid, signal.SIGINT)  # pytest still says what failed
         try:
             output, _ = process.communicate(timeout=10)
         except subprocess.TimeoutExpired:
@@ -109,7 +108,7 @@ def pytest_command(kind: str) -> list[str]:
     try:
         import xdist  # noqa: F401
 
-        options += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadfile"]
+        options += ["-n", str(min(14, os.cpu_count() or 1))]
     except ImportError:
         pass
     if kind == "smoke":

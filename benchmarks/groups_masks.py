@@ -76,7 +76,9 @@ def _ours(
         return forced
 
     name = our_name(op, device)
-    made = [Impl(name, bind, result)] if name else []
+    # on a GPU functional ops upload a table of addresses, which a graph cannot capture
+    uploads = device.type == "cuda" and op not in ("unpack_mask", "mask_count")
+    made = [Impl(name, bind, result, graph=not uploads)] if name else []
     if oracle or not name:
         made.append(Impl(REFERENCE, slow, result, graph=False, few=3))
     return made

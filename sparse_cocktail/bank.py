@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ class MaskBank:
     Every row is one flat int32 tensor; `views(row)` are its per-weight bits (out, taps, words),
     which share its memory. Rows never move: adding one leaves the others at their address.
 
-    Selections write rows in place. After the first one they allocate nothing, and where `keep` and
+    Selections write rows in place. After the first they allocate no tensor, and where `keep` and
     `channel_keep` are tensors on the device of the weights they do not wait for it either: a CUDA
     graph can capture them, and replays rank the values that the weights hold then.
 
@@ -36,8 +37,7 @@ class MaskBank:
         self._sizes = [out * taps * words for out, taps, words in self.shapes]
         self._rows: list[Tensor] = []
         self._views: list[list[Tensor]] = []
-        self._scratch: Tensor | None = None
-        self._scratch_suits: tuple | None = None  # what the scratch was made for
+        self._scratches: dict[tuple, Tensor] = {}  # by what they suit
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -117,7 +117,8 @@ class MaskBank:
         """Unified mask generation into the (unstructured, N:M, channel) rows.
 
         Args:
-            rows: the rows that are written; N:M may be None where `nm` is.
+            rows: the rows that are written; the N:M one may be None if `nm` is None. Only `within`
+                may be the unstructured row, and `nm_from` the N:M row; the others must differ.
             keep: weights that the unstructured mask keeps, as in `topk_`.
             nm: (n, m) for fresh N:M masks, where in % m == 0 (other layers keep everything).
             channel_keep: channels to keep per weight; ints, or int64 (weights,) on the device.
@@ -128,10 +129,15 @@ class MaskBank:
         if not self.weights:
             return
         if not isinstance(channel_keep, Tensor):
-            for index, (count, weight) in enumerate(zip(channel_keep, self.weights, strict=True)):
+            if len(channel_keep) != len(self.weights):
+                raise ValueError(
+                    f"MaskBank.unified_: channel_keep has {len(channel_keep)} entries for "
+                    f"{len(self.weights)} weights; give one each"
+                )
+            for i, (count, weight) in enumerate(zip(channel_keep, self.weights, strict=True)):
                 if not 0 <= count <= weight.shape[0]:
                     raise ValueError(
-                        f"MaskBank.unified_: channel_keep[{index}]={count} is not in [0, "
+                        f"MaskBank.unified_: channel_keep[{i}]={count} is not in [0, "
                         f"{weight.shape[0]}], the number of output channels; give a count"
                     )
             channel_keep = torch.tensor(channel_keep, device=self.weights[0].device)
@@ -153,6 +159,7 @@ class MaskBank:
     def _count(self, name: str, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
             return keep
+        keep = index(keep)
         if not 0 <= keep <= self.numel:
             raise ValueError(
                 f"MaskBank.{name}: keep={keep} is not in [0, {self.numel}], the number of weights; "
@@ -161,13 +168,18 @@ class MaskBank:
         return torch.tensor(keep, device=self.weights[0].device)
 
     def _memory(self) -> Tensor:
-        """Scratch memory that suits the weights where they are now."""
+        """Scratch memory that suits the weights where they are now.
+
+        Memory for another backend or number of threads is kept: a captured graph may hold it.
+        """
         backend = ops.chosen("topk_row_", self.weights[0].device)
-        addresses = [weight.data_ptr() for weight in self.weights]
-        suits = (backend, torch.get_num_threads(), self.weights[0].dtype, addresses)
-        if suits != self._scratch_suits:
-            self._scratch, self._scratch_suits = ops.workspace(self._values()), suits
-        return self._scratch
+        threads = torch.get_num_threads() if backend == "cpp" else 0
+        places = tuple((w.data_ptr(), w.dtype, w.stride()) for w in self.weights)
+        key = (places, backend, threads)
+        if key not in self._scratches:
+            self._scratches = {k: held for k, held in self._scratches.items() if k[0] == places}
+            self._scratches[key] = ops.workspace(self._values())
+        return self._scratches[key]
 
     # ---- facts -----------------------------------------------------------------------------------
 

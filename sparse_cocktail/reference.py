@@ -192,6 +192,8 @@ def channel_masks(
 def block_count(shape: Sequence[int], block: Sequence[int]) -> int:
     """Number of blocks in a weight of this shape."""
     out, inputs, *taps = shape
+    if math.prod(shape) == 0:
+        return 0
     rows = 1 if block[0] == -1 else out // block[0]
     return rows if block[1] == -1 else rows * math.prod(taps) * (inputs // block[1])
 
@@ -206,6 +208,10 @@ def block_masks(
     for index, weight in enumerate(weights):
         view = weight_view(weight)
         out, taps, inputs = view.shape
+        if view.numel() == 0:  # no blocks
+            scores.append(torch.empty((0, 0, 0), dtype=torch.int64, device=view.device))
+            views.append((view.shape, None))
+            continue
         rows = out if block[0] == -1 else block[0]
         span, cols = (taps, inputs) if block[1] == -1 else (1, block[1])
         tiles = (out // rows, rows, taps // span, span, inputs // cols, cols)
@@ -217,7 +223,9 @@ def block_masks(
         views.append((view.shape, tiles))
     masks = []
     for mask, (shape, tiles) in zip(_keep_largest_of_lists(scores, keep), views, strict=True):
-        full = mask[:, None, :, None, :, None].expand(tiles).reshape(shape)
+        full = mask.new_empty(shape)
+        if tiles is not None:
+            full = mask[:, None, :, None, :, None].expand(tiles).reshape(shape)
         masks.append(_pack_view(full))
     return masks
 

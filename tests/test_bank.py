@@ -218,6 +218,57 @@ def test_scratch_follows_threads_backend_and_weights(weights, threads):
     assert_same(bank.views(row), ops.topk_masks(weights, 300))
 
 
+def test_channel_counts_in_a_column_of_a_table():
+    weights = [torch.randn(8, 64), torch.randn(6, 64)]
+    bank, table = MaskBank(weights), torch.tensor([[3, 8], [2, 6]])
+    u, n, c = bank.add(), bank.add(), bank.add()
+    bank.unified_((u, n, c), 100, (2, 4), table[:, 0])
+    assert [int(a.sum()) for a in alive(bank.views(c))] == [3, 2]
+    with pytest.raises(ValueError, match="channel_keep has 1 entries for 2 weights"):
+        bank.unified_((u, n, c), 100, (2, 4), [3])
+
+
+def test_a_selection_between_forward_and_backward_is_noticed():
+    """Kernels write rows behind autograd's back, but the row's version counts it."""
+    weight = torch.randn(6, 64, requires_grad=True)
+    bank = MaskBank([weight])
+    row, other = bank.add(), bank.add()
+    for select in (
+        lambda: bank.topk_(row, 10),
+        lambda: bank.nm_(row, 1, 4),
+        lambda: bank.unified_((other, row, bank.add()), 10, (2, 4), [3]),
+    ):
+        bank.topk_(row, 200)
+        output = ops.masked_linear(torch.randn(3, 64), weight, bank.views(row)[0])
+        select()
+        with pytest.raises(RuntimeError, match="inplace operation|changed in place"):
+            output.sum().backward()
+
+
+def test_rows_that_would_overwrite_each_other_are_refused(bank):
+    u, n, c = bank.add(), bank.add(), bank.add()
+    for rows, others in (
+        ((u, u, c), {}),
+        ((u, None, u), {}),
+        ((u, None, c), {"nm_from": u}),
+        ((u, None, c), {"nm_from": c}),
+        ((u, n, c), {"within": c}),
+    ):
+        nm = (2, 4) if rows[1] is not None else None
+        with pytest.raises(ValueError, match="unified_rows_: .* are the same row"):
+            bank.unified_(rows, 400, nm, [3, 2, 6, 8], **others)
+    with pytest.raises(ValueError, match=r"nm=\(2, 4\) is given without a row"):
+        bank.unified_((u, None, c), 400, (2, 4), [3, 2, 6, 8])
+
+
+def test_weights_whose_kernel_axes_do_not_merge():
+    weights = [torch.randn(4, 32, 3, 5).transpose(2, 3), torch.randn(6, 40)]
+    bank = MaskBank(weights)
+    row = bank.add()
+    bank.topk_(row, 300)
+    assert_same(bank.views(row), ops.topk_masks([w.contiguous() for w in weights], 300))
+
+
 def test_a_row_may_be_its_own_candidates_when_the_bracket_misses():
     """Few are sampled that are large: more than one read, so `within` must be kept."""
     weight = torch.rand(256, 1024)

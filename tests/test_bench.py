@@ -279,7 +279,7 @@ def test_the_order_of_calls_on_a_gpu(monkeypatch, inputs):
     }
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    empty, flush = torch.empty, SimpleNamespace(fill_=named("flush"))
+    empty, flush = torch.empty, SimpleNamespace(sum=named("flush"))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *s, **k: flush if "device" in k else empty(*s, **k))
         run = timing.CudaRunner()

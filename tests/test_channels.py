@@ -321,3 +321,21 @@ def test_unified_counts(usable, data, out, inputs):
         counts = [int(ops.mask_count(bits[0])) for bits in masks]
         ranked = size if inputs % 4 else size // 2
         assert counts == [keep, ranked, channels * inputs], backend
+
+
+@pytest.mark.parametrize("shape", [(8,), (7, 4), (8, -5), (8, 4, -1)], ids=str)
+def test_channel_masks_of_wrong_shapes(shape):
+    with pytest.raises(ValueError, match=r"channel_masks: shapes\[0\]=.* is no shape \(out, in"):
+        ops.channel_masks([torch.arange(8)], [3], [shape])
+
+
+@pytest.mark.parametrize("backend", ops.implementations("block_masks"))
+@pytest.mark.parametrize("block", [(1, -1), (-1, 1), (-1, -1), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (2, 5, 0, 3)], ids=str)
+def test_blocks_of_nothing(backend, device, block, shape):
+    weights = [torch.randn(shape, device=device), torch.randn(4, 4, device=device)]
+    with ops.backend(backend):
+        empty, bits = ops.block_masks(weights, 1, block)
+    assert empty.numel() == 0 and bits.any()
+    with pytest.raises(ValueError, match=r"keep=1 is not in \[0, 0\]"):
+        ops.block_masks(weights[:1], 1, block)

@@ -123,7 +123,9 @@ SC_HOST_DEVICE inline int16_t bfloat16_of(int32_t raw) {
 SC_HOST_DEVICE inline int16_t float16_of(int32_t raw) {
   const uint32_t bits = static_cast<uint32_t>(raw), sign = bits >> 16 & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return static_cast<int16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+  if (magnitude > 0x7f800000u) {
+    return static_cast<int16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+  }
   if (magnitude >= 0x477ff000u) return static_cast<int16_t>(sign | 0x7c00u);  // rounds to infinity
   if (magnitude >= 0x38800000u) {  // normal: drop 13 bits, to nearest even
     const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1);

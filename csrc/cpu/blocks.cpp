@@ -12,7 +12,7 @@ struct Tiling {
   Tiling(const WeightView& view, const std::vector<int64_t>& block)
       : rows(block[0] == -1 ? view.out : block[0]), cols(block[1] == -1 ? view.in : block[1]),
         taps(block[1] == -1 ? view.taps : 1), down(rows ? view.out / rows : 0),
-        across(cols ? view.in / cols : 0), layers(view.taps / taps) {}
+        across(cols ? view.in / cols : 0), layers(taps ? view.taps / taps : 0) {}
   int64_t count() const { return down * layers * across; }
 };
 
@@ -111,7 +111,8 @@ Tensors block_masks(Tensors weights, std::vector<int64_t> keep, std::vector<int6
     std::vector<int64_t> scores(total), copy(total);
     std::vector<uint8_t> chosen(total);
     for (size_t i = 0; i < parts.size(); ++i) {
-      const int64_t size = std::max<int64_t>(1, tilings[i].rows * tilings[i].cols * tilings[i].taps);
+      const Tiling& tiling = tilings[i];
+      const int64_t size = std::max<int64_t>(1, tiling.rows * tiling.cols * tiling.taps);
       torch::stable::parallel_for(
           0, tilings[i].count(), std::max<int64_t>(1, kGrainWords * kWordBits / size),
           [&](int64_t first, int64_t last) {

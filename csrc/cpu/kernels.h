@@ -18,7 +18,7 @@
 
 #include "plain.h"
 
-// ---- N:M ------------------------------------------------------------------------------------------
+// ---- N:M ----------------------------------------------------------------------------------------
 
 // Every group of M bits turned left by S.
 template <int M, int S>
@@ -54,9 +54,7 @@ inline uint32_t kept_of_groups(const B& block, int n) {
   }
 }
 
-// ---- one pass over a run --------------------------------------------------------------------------
-
-constexpr int64_t kChunkWords = 64;  // candidates are checked for room once per chunk
+// ---- one pass over a run ------------------------------------------------------------------------
 
 // How far ahead of its reads a pass prefetches. The hardware stops at pages of 4 KB: on a Xeon with
 // AVX-512 and 102 MB of weights, one thread, a selection took 13.3 ms without and 4.8 ms with it.
@@ -81,7 +79,8 @@ void pass(const Run& run, int n, Scan<CandidateKey<F>>* scan, RunSums* sums) {
   uint32_t number = run.word;
   int64_t in_sure = 0, collected = 0, below = 0;
 
-  const auto one_word = [&](int64_t w, const Raw* p, uint32_t valid) __attribute__((always_inline)) {
+  const auto one_word = [&](int64_t w, const Raw* p,
+                            uint32_t valid) __attribute__((always_inline)) {
     const B block(p);
     uint32_t sure = 0, nm = 0;
     if constexpr (kSelect) {
@@ -116,44 +115,35 @@ void pass(const Run& run, int n, Scan<CandidateKey<F>>* scan, RunSums* sums) {
   };
 
   const int64_t full = run.stride == 1 ? run.count / kWordBits : 0;
-  for (int64_t first = 0; first < words; first += kChunkWords) {
-    const int64_t last = first + kChunkWords < words ? first + kChunkWords : words;
-    if constexpr (kSelect) {
-      if (scan->keys_end - keys < kChunkWords * kWordBits) {
-        scan->overflow = true;
-        return;
-      }
+  int64_t w = 0;
+  for (; w < full; ++w) {
+    const Raw* p = data + w * kWordBits;
+    for (int64_t line = 0; line < kWordBits * static_cast<int64_t>(sizeof(Raw)); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes + line);
     }
-    const int64_t direct = last < full ? last : full;
-    int64_t w = first;
-    for (; w < direct; ++w) {
-      const Raw* p = data + w * kWordBits;
-      for (int64_t line = 0; line < kWordBits * static_cast<int64_t>(sizeof(Raw)); line += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes + line);
-      }
-      one_word(w, p, ~uint32_t{0});
-    }
-    for (; w < last; ++w) {
-      const int64_t left = run.count - w * kWordBits;
-      const int64_t lanes = left < kWordBits ? left : kWordBits;
-      Raw buffer[kWordBits] = {};
-      const Raw* p = data + w * kWordBits * run.stride;
-      for (int64_t j = 0; j < lanes; ++j) buffer[j] = p[j * run.stride];
-      one_word(w, buffer, low_bits(lanes));
-    }
+    one_word(w, p, ~uint32_t{0});
+  }
+  for (; w < words; ++w) {
+    const int64_t left = run.count - w * kWordBits;
+    const int64_t lanes = left < kWordBits ? left : kWordBits;
+    Raw buffer[kWordBits] = {};
+    const Raw* p = data + w * kWordBits * run.stride;
+    for (int64_t j = 0; j < lanes; ++j) buffer[j] = p[j * run.stride];
+    one_word(w, buffer, low_bits(lanes));
   }
   if constexpr (kSelect) {
     scan->keys = keys, scan->words = found;
     scan->above += in_sure, scan->inside += collected, scan->below += below;
   }
   if constexpr (kScore) {
-    sums->unstructured += total.sum_a();
-    sums->nm += total.sum_b();
+    total.finish();
+    sums->unstructured += total.a;
+    sums->nm += total.b;
     sums->exact &= B::top_key(top) < first_inexact_key<F>();
   }
 }
 
-// ---- candidates -----------------------------------------------------------------------------------
+// ---- candidates ---------------------------------------------------------------------------------
 
 // Sets the bits of candidates up to the word `end` of the slot: keys above the threshold, and of
 // those equal to it the first ones while they last. `kept` is where the slot's word 0 would be.
@@ -162,7 +152,7 @@ int64_t settle(Settling<CandidateKey<F>>& s, uint32_t end, uint32_t* kept) {
   using Key = CandidateKey<F>;
   const Key threshold = s.threshold;
   const Key* const first = s.keys;
-  int64_t ties_kept = 0;
+  uint64_t ties_kept = 0;
   for (; s.words < s.words_end && s.words->word < end; ++s.words) {
     const uint32_t inside = s.words->inside;
     const int count = fast_popcount(inside);
@@ -185,15 +175,15 @@ int64_t settle(Settling<CandidateKey<F>>& s, uint32_t end, uint32_t* kept) {
   }
   if (!s.score) return 0;
   uint64_t sum = 0;  // in fixed point, as in Sums
-  int64_t above = 0;
+  uint64_t above = 0;
   for (const Key* key = first; key < s.keys; ++key) {
     const bool wins = *key > threshold;
     const uint64_t bits = magic_bits(value_of_key(F{}, static_cast<typename F::Raw>(*key)));
     sum += bits & -static_cast<uint64_t>(wins);
     above += wins;
   }
-  const int64_t tie = magic_bits(value_of_key(F{}, static_cast<typename F::Raw>(threshold)));
-  return static_cast<int64_t>(sum) - above * kMagicBits + ties_kept * (tie - kMagicBits);
+  const uint64_t tie = magic_bits(value_of_key(F{}, static_cast<typename F::Raw>(threshold)));
+  return static_cast<int64_t>(sum - above * kMagicBits + ties_kept * (tie - kMagicBits));
 }
 
 template <class F>
@@ -238,12 +228,12 @@ void sum_block(const typename F::Raw* data, int64_t row_stride, int64_t rows, in
       total += static_cast<uint64_t>(magic_bits(value_of_key(F{}, key)));
     }
   }
-  sums.unstructured += static_cast<int64_t>(total - static_cast<uint64_t>(rows * cols) *
-                                                        static_cast<uint64_t>(kMagicBits));
+  total -= static_cast<uint64_t>(rows * cols) * kMagicBits;
+  sums.unstructured += static_cast<int64_t>(total);
   sums.exact &= top < first_inexact_key<F>() && rows * cols <= kExactElements;
 }
 
-// ---- masked copies --------------------------------------------------------------------------------
+// ---- masked copies ------------------------------------------------------------------------------
 
 template <class Source, class Target, class Cast>
 inline void keep_cast(const uint32_t* bits, const Source* __restrict source,

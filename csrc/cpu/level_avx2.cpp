@@ -8,11 +8,11 @@
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,lzcnt,popcnt,f16c,fma"))), \
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2,popcnt,f16c,fma"))), \
                              apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,bmi,bmi2,lzcnt,popcnt,f16c,fma")
+#pragma GCC target("avx2,bmi,bmi2,popcnt,f16c,fma")
 #endif
 
 namespace sparse_cocktail {
@@ -94,10 +94,10 @@ inline __m256i lanes_of(uint32_t word, int first) {
   return _mm256_cmpeq_epi32(_mm256_and_si256(eight, bit), bit);
 }
 
-// Sums over eight numbers at a time, in two steps (see kernels.h).
+// Sums over eight numbers at a time, in two steps (see plain.h).
 struct VectorSums {
   __m256i coarse_a, coarse_b, fine_a, fine_b;
-  int64_t a = 0, b = 0;
+  int64_t a = 0, b = 0;  // after finish()
   uint32_t count_a = 0, count_b = 0;
   int words = 0;
 
@@ -134,11 +134,7 @@ struct VectorSums {
     b += two_step_sum(lanes_sum(coarse_b), lanes_sum(fine_b), count_b);
     clear();
   }
-  int64_t sum_a() {
-    flush();
-    return a;
-  }
-  int64_t sum_b() const { return b; }  // after sum_a()
+  void finish() { flush(); }
 };
 
 // The keys of a mask, one after the other; few words have more than a handful.
@@ -297,7 +293,7 @@ struct Block<Float64> : PlainBlock<Float64> {
 template <>
 struct Sums<Float64> : PlainSums<Float64> {};
 
-// ---- masked copies --------------------------------------------------------------------------------
+// ---- masked copies ------------------------------------------------------------------------------
 
 void keep_float16(const uint32_t* bits, const int32_t* source, int16_t* target, int64_t count) {
   int64_t i = 0;
@@ -314,7 +310,8 @@ void keep_float16(const uint32_t* bits, const int32_t* source, int16_t* target, 
 
 template <class F>
 constexpr Kernels<F> table() {
-  return {select_run<F>, unify_run<F>, settle<F>, nm_run<F>, score_run<F>, sum_block<F>, keep_plain<F>};
+  return {select_run<F>, unify_run<F>, settle<F>,    nm_run<F>,
+          score_run<F>,  sum_block<F>, keep_plain<F>};
 }
 
 }  // namespace

@@ -10,14 +10,14 @@
 
 #if defined(__clang__)
 #pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,lzcnt,popcnt,f16c,fma"))), \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt,f16c,fma"))), \
     apply_to = function)
 #else
 // GCC 12 warns of its own intrinsics.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,lzcnt,popcnt,f16c,fma")
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,bmi,bmi2,popcnt,f16c,fma")
 #endif
 
 namespace sparse_cocktail {
@@ -88,10 +88,10 @@ inline __m512i rotated(__m512i keys) {
   }
 }
 
-// Sums over sixteen numbers at a time, in two steps (see kernels.h).
+// Sums over sixteen numbers at a time, in two steps (see plain.h).
 struct VectorSums {
   __m512i coarse_a, coarse_b, fine_a, fine_b;
-  int64_t a = 0, b = 0;
+  int64_t a = 0, b = 0;  // after finish()
   uint32_t count_a = 0, count_b = 0;
   int words = 0;
 
@@ -119,18 +119,17 @@ struct VectorSums {
     if (++words == kWordsPerFlush) flush();
   }
   static uint32_t lanes_sum(__m512i sums) {
-    return static_cast<uint32_t>(_mm512_reduce_add_epi32(sums));
+    uint32_t lanes[16], total = 0;
+    _mm512_storeu_si512(lanes, sums);
+    for (uint32_t lane : lanes) total += lane;
+    return total;
   }
   void flush() {
     a += two_step_sum(lanes_sum(coarse_a), lanes_sum(fine_a), count_a);
     b += two_step_sum(lanes_sum(coarse_b), lanes_sum(fine_b), count_b);
     clear();
   }
-  int64_t sum_a() {
-    flush();
-    return a;
-  }
-  int64_t sum_b() const { return b; }  // after sum_a()
+  void finish() { flush(); }
 };
 
 // The masked lanes of two vectors, one after the other. Few lanes are the rule, and stores of 64
@@ -262,7 +261,7 @@ struct Block<Float64> : PlainBlock<Float64> {
 template <>
 struct Sums<Float64> : PlainSums<Float64> {};
 
-// ---- masked copies --------------------------------------------------------------------------------
+// ---- masked copies ------------------------------------------------------------------------------
 
 void keep32(const uint32_t* bits, const int32_t* source, int32_t* target, int64_t count) {
   int64_t i = 0;
@@ -275,6 +274,7 @@ void keep32(const uint32_t* bits, const int32_t* source, int32_t* target, int64_
   keep_plain<Float32>(bits + i / kWordBits, source + i, target + i, count - i);
 }
 
+// Both 16-bit formats: bits are moved, never read.
 void keep16(const uint32_t* bits, const int16_t* source, int16_t* target, int64_t count) {
   int64_t i = 0;
   for (; i + kWordBits <= count; i += kWordBits) {
@@ -313,8 +313,9 @@ void keep_float16(const uint32_t* bits, const int32_t* source, int16_t* target, 
     const uint32_t word = bits[i / kWordBits];
     for (int half = 0; half < 2; ++half) {
       const __mmask16 mask = static_cast<__mmask16>(word >> 16 * half);
-      const __m512 kept = _mm512_castsi512_ps(_mm512_maskz_loadu_epi32(mask, source + i + 16 * half));
-      const __m256i cast = _mm512_cvtps_ph(kept, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+      const __m512i kept = _mm512_maskz_loadu_epi32(mask, source + i + 16 * half);
+      const __m256i cast = _mm512_cvtps_ph(_mm512_castsi512_ps(kept),
+                                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(target + i + 16 * half), cast);
     }
   }

@@ -37,7 +37,8 @@ struct Block : PlainBlock<F> {
 
 template <class F>
 constexpr Kernels<F> table() {
-  return {select_run<F>, unify_run<F>, settle<F>, nm_run<F>, score_run<F>, sum_block<F>, keep_plain<F>};
+  return {select_run<F>, unify_run<F>, settle<F>,    nm_run<F>,
+          score_run<F>,  sum_block<F>, keep_plain<F>};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // From lists of tensors, and rows of a mask bank, to a sequence of weights.
 #pragma once
 
+#include <memory>
 #include <optional>
 
 #include "nm.h"
@@ -103,12 +104,28 @@ class Arena {
   int64_t left_;
 };
 
-inline Tensor new_scratch(int64_t bytes) {
-  return torch::stable::empty({bytes + 1024}, ScalarType::Byte);
+inline Arena aligned_arena(uint8_t* memory, int64_t bytes) {
+  const int64_t lost = -reinterpret_cast<intptr_t>(memory) & 63;
+  return {memory + lost, bytes - lost};
 }
 
-inline Arena arena_of(const Tensor& scratch) {
-  return {static_cast<uint8_t*>(scratch.mutable_data_ptr()), scratch.numel()};
+// Scratch of one call. Not a tensor: torch fills new tensors in its deterministic mode.
+class OwnScratch {
+ public:
+  explicit OwnScratch(int64_t bytes) : bytes_(bytes + 2048), memory_(new uint8_t[bytes_]) {}
+  Arena arena() const { return aligned_arena(memory_.get(), bytes_); }
+
+ private:
+  int64_t bytes_;
+  std::unique_ptr<uint8_t[]> memory_;
+};
+
+inline Arena arena_of(const char* op, const Tensor& scratch) {
+  STD_TORCH_CHECK(scratch.scalar_type() == ScalarType::Byte && scratch.is_contiguous(), op,
+                  ": scratch has dtype ", torch::headeronly::toString(scratch.scalar_type()),
+                  " and strides ", to_string(scratch.strides()),
+                  ", but it is contiguous uint8; make it with ops.workspace");
+  return aligned_arena(static_cast<uint8_t*>(scratch.mutable_data_ptr()), scratch.numel());
 }
 
 inline int64_t count_of(const char* op, const char* name, const Tensor& count) {

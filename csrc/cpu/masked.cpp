@@ -27,8 +27,10 @@ struct Keep {
   static void dense(const uint32_t* bits, const Source* source, Target* target, int64_t count) {
     const KernelTable& kernel = kernels();
     if constexpr (std::is_same_v<From, To>) kernel.of(From{}).keep(bits, source, target, count);
-    else if constexpr (std::is_same_v<To, Float16>) kernel.casts.to_float16(bits, source, target, count);
-    else kernel.casts.to_bfloat16(bits, source, target, count);
+    else if constexpr (std::is_same_v<To, Float16>)
+      kernel.casts.to_float16(bits, source, target, count);
+    else
+      kernel.casts.to_bfloat16(bits, source, target, count);
   }
 };
 
@@ -39,7 +41,9 @@ void keep_all(const char* op, const Tensors& weights, const Tensors& bits, const
   const auto words = words_of_list(op, "bits", parts, bits);
   std::vector<typename To::Raw*> targets;
   for (size_t i = 0; i < parts.size(); ++i) {
-    STD_TORCH_CHECK(results[i].strides() == weights[i].strides(), op, ": weights[", i,
+    STD_TORCH_CHECK(results[i].strides() == weights[i].strides() &&
+                        results[i].sizes() == weights[i].sizes() &&
+                        results[i].scalar_type() == results[0].scalar_type(), op, ": weights[", i,
                     "] has strides ", to_string(weights[i].strides()), ", but its result has ",
                     to_string(results[i].strides()), "; make it with torch.empty_like from a "
                     "weight without gaps");

@@ -127,12 +127,12 @@ Tensors topk_masks(Tensors weights, std::vector<int64_t> keep, MaybeTensors with
       parts[i].within = eligible[i], parts[i].kept = mutable_words(result[i]);
       elements += weights[i].numel(), words += parts[i].view.words();
     }
-    const Tensor scratch = new_scratch(SelectionScratch<F>::bytes(words));
+    const OwnScratch scratch(SelectionScratch<F>::bytes(words));
     const auto select = [&](std::vector<Part<F>> list, int64_t count, int64_t limit) {
       STD_TORCH_CHECK(0 <= count && count <= limit, op, ": keep is ", count, " of ", limit,
                       " elements (", list[0].name, list.size() > 1 ? " and those after it" : "",
                       "), but 0 <= keep <= elements is needed; lower it");
-      topk_into(op, std::move(list), count, arena_of(scratch));
+      topk_into(op, std::move(list), count, scratch.arena());
     };
     if (keep.size() == 1) return select(parts, keep[0], elements);
     for (size_t i = 0; i < parts.size(); ++i) select({parts[i]}, keep[i], weights[i].numel());
@@ -140,8 +140,7 @@ Tensors topk_masks(Tensors weights, std::vector<int64_t> keep, MaybeTensors with
   return result;
 }
 
-// `within` may be the row itself. The pass reads a word of it before it writes that word, but the
-// way without a bracket reads more than once: it gets a copy.
+// `within` may be the row itself, which a second pass would find overwritten: it is copied.
 void topk_row_(Tensors weights, const Tensor& keep, MaybeTensor within, const Tensor& row,
                const Tensor& scratch) {
   const char* op = "topk_row_";
@@ -150,7 +149,7 @@ void topk_row_(Tensors weights, const Tensor& keep, MaybeTensor within, const Te
     auto parts = parts_of<F>(op, weights);
     auto eligible = words_of_row(op, "within", parts, within);
     const auto target = words_of_row(op, "row", parts, row);
-    Arena arena = arena_of(scratch);
+    Arena arena = arena_of(op, scratch);
     if (eligible[0] == target[0] && row.numel() > 0) {
       auto* copy = arena.take<uint32_t>(op, row.numel());
       memcpy(copy, eligible[0], row.numel() * sizeof(uint32_t));

@@ -67,8 +67,9 @@ void make_nm(const Sequence<F>& sequence) {
     if (m == 0 || has_fast_groups(part.ratio)) continue;
     // Rows are the unit here: a word at the edge of two groups must not be shared by two threads.
     const WeightView& view = part.view;
-    const int64_t grain = std::max<int64_t>(1, kGrainWords / std::max<int64_t>(1, view.row_words()));
-    torch::stable::parallel_for(0, view.rows(), grain, [&, n = n, m = m](int64_t begin, int64_t end) {
+    const int64_t row_words = std::max<int64_t>(1, view.row_words());
+    const int64_t grain = std::max<int64_t>(1, kGrainWords / row_words);
+    const auto rows = [&, n = n, m = m](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const auto* p = part.data + view.row_offset(row);
         uint32_t* q = part.fresh + row * view.row_words();
@@ -78,7 +79,8 @@ void make_nm(const Sequence<F>& sequence) {
           q += m;
         }
       }
-    });
+    };
+    torch::stable::parallel_for(0, view.rows(), grain, rows);
   }
 }
 

@@ -1,5 +1,5 @@
-// Blocks, sums and small steps in plain C++: the portable level, fp64 at every level, and the meaning
-// of what other levels do with vectors. Included by kernels.h, inside a level's namespace.
+// Blocks, sums and small steps in plain C++: the portable level, fp64 at every level, and the
+// meaning of what other levels do with vectors. Included by kernels.h, inside a level's namespace.
 
 template <class F>
 struct PlainBlock {
@@ -34,17 +34,17 @@ struct PlainBlock {
   }
 };
 
-// Fixed point without a conversion: adding 1.5 * 2^14 to a double below 8 rounds it to a multiple of
-// 2^-38, to nearest even, and leaves the multiple in its low bits. Sums of such bit patterns are sums
-// of the multiples plus a known constant per element.
+// Fixed point without a conversion: adding 1.5 * 2^14 to a double below 8 rounds it to a multiple
+// of 2^-38, to nearest even, and leaves the multiple in its low bits. Sums of such bit patterns are
+// sums of the multiples plus a known constant per element.
 constexpr double kMagic = 24576.0;
-constexpr int64_t kMagicBits = 0x40D8000000000000;
+constexpr uint64_t kMagicBits = 0x40D8000000000000;  // unsigned: sums of them wrap around
 constexpr double kExactBelow = 8.0;
 constexpr int64_t kExactElements = int64_t{1} << 20;  // 2^20 * 8 * 2^38 fits an int64
 
-inline int64_t magic_bits(double value) {
+inline uint64_t magic_bits(double value) {
   const double shifted = value + kMagic;
-  int64_t bits;
+  uint64_t bits;
   memcpy(&bits, &shifted, sizeof bits);
   return bits;
 }
@@ -80,28 +80,30 @@ inline double value_of_key(F, Raw key) {
   return single_of_key(F{}, key);
 }
 
-// For fp64.
+// For fp64, whose numbers do not fit two steps of single precision.
 struct WideSums {
-  int64_t a = 0, b = 0, count_a = 0, count_b = 0;
+  uint64_t sum_a = 0, sum_b = 0, count_a = 0, count_b = 0;
+  int64_t a = 0, b = 0;  // after finish()
+
   template <class B>
-  void add(const B&, const int64_t* p, uint32_t in_a, uint32_t in_b) {
-    uint64_t sum_a = 0, sum_b = 0;  // wrap around on the way: unsigned
+  void add(const B& block, const int64_t*, uint32_t in_a, uint32_t in_b) {
     for (int j = 0; j < kWordBits; ++j) {
-      const uint64_t bits = magic_bits(value_of_key(Float64{}, key_of<Float64>(p[j])));
+      const uint64_t bits = magic_bits(value_of_key(Float64{}, block.keys[j]));
       sum_a += bits & -static_cast<uint64_t>(in_a >> j & 1);
       sum_b += bits & -static_cast<uint64_t>(in_b >> j & 1);
     }
-    a += sum_a, b += sum_b;
-    count_a += popcount(in_a), count_b += popcount(in_b);
+    count_a += fast_popcount(in_a), count_b += fast_popcount(in_b);
   }
-  int64_t sum_a() { return a - count_a * kMagicBits; }
-  int64_t sum_b() { return b - count_b * kMagicBits; }
+  void finish() {
+    a = static_cast<int64_t>(sum_a - count_a * kMagicBits);
+    b = static_cast<int64_t>(sum_b - count_b * kMagicBits);
+  }
 };
 
 // The same in two steps of single precision, which vectors do twice as many of: adding 48 rounds a
 // number below 8 to a multiple of 2^-18, and adding 1.5 * 2^-15 rounds what is left of it, which is
-// exact, to a multiple of 2^-38, to nearest even. Both multiples are small: 1024 numbers sum to less
-// than 2^32 and 2^30, so sums of the bit patterns may stay in 32 bits for so many, modulo 2^32.
+// exact, to a multiple of 2^-38, to nearest even. Both multiples are small: 1024 numbers sum to
+// less than 2^32 and 2^30, so sums of the bit patterns may stay in 32 bits for so many, modulo 2^32.
 constexpr float kCoarse = 48.0f, kFine = 0x1.8p-15f;
 constexpr uint32_t kCoarseBits = 0x42400000, kFineBits = 0x38400000;
 constexpr int kWordsPerFlush = 32;
@@ -117,7 +119,7 @@ struct PlainSums {
   uint32_t coarse_a[kWordBits] = {}, coarse_b[kWordBits] = {};
   uint32_t fine_a[kWordBits] = {}, fine_b[kWordBits] = {};
   uint32_t count_a = 0, count_b = 0;
-  int64_t a = 0, b = 0;
+  int64_t a = 0, b = 0;  // after finish()
   int words = 0;
 
   template <class B>
@@ -148,16 +150,12 @@ struct PlainSums {
     b += two_step_sum(high_b, take(fine_b), count_b);
     count_a = count_b = 0, words = 0;
   }
-  int64_t sum_a() {
-    flush();
-    return a;
-  }
-  int64_t sum_b() const { return b; }  // after sum_a()
+  void finish() { flush(); }
 };
 template <>
 struct PlainSums<Float64> : WideSums {};
 
-// ---- candidates -----------------------------------------------------------------------------------
+// ---- candidates ---------------------------------------------------------------------------------
 
 // Plain forms of what settle() needs: bit i of the result is keys[i] > threshold, and equal to it.
 template <class Key>

@@ -8,10 +8,11 @@
 namespace sparse_cocktail {
 
 constexpr int64_t kSample = int64_t{1} << 16;
-constexpr int64_t kSampleRun = 16;      // neighbours that are sampled together: one cache line
+constexpr int64_t kSampleRun = 16;  // neighbours that are sampled together: half a word
 constexpr int kBins = 4096;  // of histograms that stay in the first-level cache
 
-// Runs of neighbours at even distances over the sequence.
+// Runs of neighbours at even distances over the sequence. Half of a word's elements are taken, also
+// where a short row leaves it few, so that every element is as likely as any other.
 template <class F>
 std::vector<CandidateKey<F>> draw_sample(const Sequence<F>& sequence) {
   using Raw = typename F::Raw;
@@ -34,7 +35,7 @@ std::vector<CandidateKey<F>> draw_sample(const Sequence<F>& sequence) {
     const WeightView& view = part->view;
     const int64_t row = word / view.row_words(), first = word % view.row_words() * kWordBits;
     starts.push_back({part->data + view.row_offset(row) + first * view.in_stride, view.in_stride,
-                      std::min(view.in - first, kSampleRun),
+                      (std::min<int64_t>(view.in - first, kWordBits) + i % 2) / 2,
                       part->within ? part->within[word] : ~uint32_t{0}});
   }
   std::vector<Key> sample;

@@ -5,8 +5,8 @@
 //   3. Histograms of these candidates give the threshold, and how many keys equal to it are kept.
 //   4. The bits of the chosen candidates are set; of equal keys the first in position order win.
 //
-// Where the bracket misses or the candidates do not fit, the digits of the threshold are found by
-// histograms over all keys: two more reads for fp32, one for 16 bits, and a last one for the bits.
+// Where the threshold lies outside the bracket, the pass is repeated with all keys of that side as
+// candidates: there is room for as many as there are weights, in pages that are not touched before.
 #pragma once
 
 #include <array>
@@ -21,7 +21,6 @@ inline std::atomic<int64_t> weight_passes{0};
 
 constexpr double kDeviations = 4.0;     // of the sampled rank, on either side
 constexpr int64_t kSmall = int64_t{1} << 13;  // up to here every key is a candidate
-constexpr int64_t kCandidateShare = 8;  // room for candidates: one key of so many, per slot
 
 // Channel scores that are summed on the way (unified masks); null pointers: not wanted.
 struct ScoreSums {
@@ -31,16 +30,13 @@ struct ScoreSums {
   bool wanted() const { return unstructured != nullptr; }
 };
 
-// Memory for a selection, from one buffer of the size it asks for.
+// Memory for a selection, from one buffer of the size it asks for: room for every key of a slot,
+// and for 32 more that a pass may write past the end or read there.
 template <class F>
 struct SelectionScratch {
   using Key = CandidateKey<F>;
-  static constexpr int64_t kSlack = 64 * kWordBits;  // a chunk of the pass, and what it overwrites
 
-  static int64_t slot_keys(int64_t slot_words) {
-    const int64_t all = slot_words * kWordBits;
-    return std::max(all / kCandidateShare, std::min(all, 2 * kSmall)) + 2 * kSlack;
-  }
+  static int64_t slot_keys(int64_t slot_words) { return (slot_words + 2) * kWordBits; }
   static int64_t bytes(int64_t words) {
     const int64_t slots = Sequence<F>::slots_for(words), slot_words = (words + slots - 1) / slots;
     return slots * (slot_keys(slot_words) * static_cast<int64_t>(sizeof(Key)) +
@@ -90,17 +86,16 @@ class Selection {
   void run() {
     choose_bracket();
     read_once();
-    if (counts_below_ && total(&Found::above) + total(&Found::inside) < keep_ &&
-        keep_ <= total(&Found::above) + total(&Found::inside) + total(&Found::below)) {
-      hi_ = --lo_;
-      counts_below_ = false;
+    const int64_t above = total(&Found::above), inside = total(&Found::inside);
+    if (above > keep_) {
+      lo_ = hi_ + 1, hi_ = F::kNaN;
+      read_once();
+    } else if (above + inside < keep_) {
+      hi_ = lo_ - 1;
+      lo_ = counts_below_ && above + inside + total(&Found::below) >= keep_ ? hi_ : Key{0};
       read_once();
     }
-    const int64_t above = total(&Found::above), inside = total(&Found::inside);
-    bool overflow = false;
-    for (const Found& found : found_) overflow |= found.overflow;
-    if (overflow || above > keep_ || above + inside < keep_) return read_digits();
-    needed_ = keep_ - above;
+    needed_ = keep_ - total(&Found::above);
     if (needed_ == 0) return;
     find_threshold();
     set_candidates();
@@ -111,7 +106,6 @@ class Selection {
   struct Found {
     int64_t above = 0, inside = 0, below = 0;
     int64_t keys = 0, words = 0;
-    bool overflow = false;
     int64_t ties = 0;  // candidates that equal the threshold
   };
 
@@ -172,8 +166,8 @@ class Selection {
     for (const Key key : sample) ++bins[key >> kSampleShift<F>];
     if (first > 0) hi_ = ranked<F>(sample, bins, first);
     if (last < drawn) lo_ = ranked<F>(sample, bins, last);
-    // Many keys that equal lo (zeros of a pruned network) would not fit among the candidates: they
-    // are only counted, and if the threshold is lo, a second pass takes their bits.
+    // Very many keys may equal lo (zeros of a pruned network). They are only counted then, and if
+    // the threshold is lo, a second pass takes their bits, without keys.
     if (lo_ < hi_ && std::count(sample.begin(), sample.end(), lo_) > drawn / 16) {
       counts_below_ = true;
       ++lo_;
@@ -190,22 +184,20 @@ class Selection {
       Scan<Key> scan;
       scan.lo = lo_, scan.hi = hi_, scan.counts_below = counts_below_;
       Key* keys = scan.keys = scratch_.keys(slot);
-      scan.keys_end = keys + scratch_.slot_keys(scratch_.slot_words) - SelectionScratch<F>::kSlack;
       CandidateWord* words = scan.words = scratch_.words(slot);
-      sequence_.walk(slot, scores_.wanted(), [&](const Part<F>& part, int64_t word, const Run& run) {
-        if (scan.overflow) return;
+      const auto read = [&](const Part<F>& part, int64_t word, const Run& run) {
         if (!scores_.wanted()) return kernel.select(run, scan);
         RunSums sums;
         kernel.unify(run, part.ratio, scan, sums);
         add_scores(part, word, sums);
-      });
+      };
+      sequence_.walk(slot, scores_.wanted(), read);
       Found& found = found_[slot];
       found.above = scan.above;
       found.inside = scan.inside;
       found.below = scan.below;
       found.keys = scan.keys - keys;
       found.words = scan.words - words;
-      found.overflow = scan.overflow;
     });
   }
 
@@ -291,96 +283,11 @@ class Selection {
           if (word >= words_in_part) break;
           const int64_t channel = word / channel_words;
           const int64_t end = scores_.wanted() ? (channel + 1) * channel_words : words_in_part;
-          const int64_t sum = kernel.settle(
-              settling, static_cast<uint32_t>(part.first_word + end - begin), kept);
+          const int64_t stop = std::min(part.first_word + end, sequence_.begin_of(slot + 1));
+          const int64_t sum = kernel.settle(settling, static_cast<uint32_t>(stop - begin), kept);
           if (scores_.wanted()) add(scores_.unstructured[part.first_channel + channel], sum);
         }
       }
-    });
-  }
-
-  // ---- when the bracket misses ----
-
-  static constexpr int kDigitBits = 16;
-  static constexpr int64_t kDigits = int64_t{1} << kDigitBits;
-
-  // Calls fn(run, w, eligible bits, keys) for the words of a run.
-  template <class Fn>
-  static void for_each_key_word(const Run& run, const Fn& fn) {
-    std::array<Raw, kWordBits> keys{};
-    const auto* data = static_cast<const Raw*>(run.data);
-    for (int64_t w = 0, left = run.count; left > 0; ++w, left -= kWordBits) {
-      const int64_t lanes = std::min<int64_t>(left, kWordBits);
-      load_lanes(keys.data(), data + w * kWordBits * run.stride, run.stride, lanes, key_of<F>);
-      fn(w, low_bits(lanes) & (run.within ? run.within[w] : ~uint32_t{0}), keys.data());
-    }
-  }
-
-  // Finds the threshold digit by digit over all keys, and writes the bits in a last read.
-  void read_digits() {
-    using Unsigned = std::make_unsigned_t<Raw>;
-    std::vector<int64_t> histograms(slots_ * kDigits);
-    Raw threshold = 0;  // the digits that are known, zeros below
-    needed_ = keep_;
-    for (int shift = 8 * sizeof(Raw) - kDigitBits; shift >= 0; shift -= kDigitBits) {
-      ++weight_passes;
-      std::fill(histograms.begin(), histograms.end(), 0);
-      for_each_slot(slots_, [&](int64_t slot) {
-        int64_t* bins = &histograms[slot * kDigits];
-        sequence_.walk(slot, false, [&](const Part<F>&, int64_t, const Run& run) {
-          for_each_key_word(run, [&](int64_t, uint32_t eligible, const Raw* keys) {
-            for (; eligible != 0; eligible &= eligible - 1) {
-              // A key that matches the known digits leaves just the next one.
-              const Raw other = keys[__builtin_ctz(eligible)] ^ threshold;
-              const uint64_t digit = static_cast<uint64_t>(static_cast<Unsigned>(other)) >> shift;
-              if (digit < static_cast<uint64_t>(kDigits)) ++bins[digit];
-            }
-          });
-        });
-      });
-      int64_t digit = kDigits - 1;
-      for (;; --digit) {
-        int64_t count = 0;
-        for (int64_t slot = 0; slot < slots_; ++slot) count += histograms[slot * kDigits + digit];
-        if (count >= needed_) break;
-        needed_ -= count;
-      }
-      threshold |= static_cast<Raw>(static_cast<Unsigned>(digit) << shift);
-      for (int64_t slot = 0; slot < slots_; ++slot) {
-        found_[slot].ties = histograms[slot * kDigits + digit];
-      }
-    }
-    write_bits(threshold);
-  }
-
-  void write_bits(Raw threshold) {
-    ++weight_passes;
-    clear_scores();
-    const Kernels<F>& kernel = kernels().of(F{});
-    const std::vector<int64_t> shares = share_ties();
-    for_each_slot(slots_, [&](int64_t slot) {
-      int64_t ties = shares[slot];
-      sequence_.walk(slot, scores_.wanted(), [&](const Part<F>& part, int64_t word, Run run) {
-        for_each_key_word(run, [&](int64_t w, uint32_t eligible, const Raw* keys) {
-          uint32_t kept = eligible & word_where(keys, [=](Raw key) { return key > threshold; });
-          if (ties > 0) {
-            const uint32_t equal =
-                eligible & word_where(keys, [=](Raw key) { return key == threshold; });
-            const uint32_t winners = lowest_set_bits(equal, ties);
-            ties -= popcount(winners);
-            kept |= winners;
-          }
-          run.kept[w] = kept;
-        });
-        if (!scores_.wanted()) return;
-        if (part.ratio.m != 0) {  // an overflow may have cut the first pass short
-          kernel.nm(run, part.ratio);
-          run.given = run.fresh;
-        }
-        RunSums sums;
-        kernel.score(run, sums);
-        add_scores(part, word, sums);
-      });
     });
   }
 

@@ -26,17 +26,17 @@ struct CandidateWord {
 };
 
 // What a slot finds while it reads its weights once.
+//
+//   key > hi          kept for sure                lo > hi: no candidates; hi = -1: all are kept
+//   lo <= key <= hi   a candidate                  lo = hi: all candidates are equal, and their
+//   key = lo - 1      only counted, if asked for            keys are not collected
 template <class Key>
 struct Scan {
-  Key lo = 0, hi = 0;     // keys above hi are kept for sure, keys in [lo, hi] are candidates
-  int64_t above = 0;      // how many lie above hi
-  int64_t inside = 0;     // how many are candidates
+  Key lo = 0, hi = 0;
   bool counts_below = false;
-  int64_t below = 0;      // how many equal lo - 1, if that is counted
-  Key* keys = nullptr;    // of the candidates; not collected where lo = hi, which they all equal
-  Key* keys_end = nullptr;
+  int64_t above = 0, inside = 0, below = 0;  // how many lie where
+  Key* keys = nullptr;                       // of the candidates, one after the other
   CandidateWord* words = nullptr;
-  bool overflow = false;  // the candidates did not fit
 };
 
 // A stretch of words of one weight: `count` elements at `data`, `stride` apart. It is one row, part
@@ -63,8 +63,8 @@ struct Settling {
   bool score;     // the sums of what is kept are wanted
 };
 
-// Sums of round(|w| * 2^38) over the elements that the masks keep. They are right (`exact`) unless a
-// value is huge, infinite or NaN; then the caller sums again with saturation.
+// Sums of round(|w| * 2^38) over the elements that the masks keep. They are right (`exact`) unless
+// a value is huge, infinite or NaN; then the caller sums again with saturation.
 struct RunSums {
   int64_t unstructured = 0, nm = 0;
   bool exact = true;

@@ -88,8 +88,8 @@ Tensors channel_scores(Tensors weights, Tensors unstructured, Tensors nm, int64_
       parts[i].given = by_n[i];
     }
     const Sequence<F> sequence(std::move(parts));
-    const Tensor scratch = new_scratch(sum_bytes(sequence.channels()));
-    Arena arena = arena_of(scratch);
+    const OwnScratch scratch(sum_bytes(sequence.channels()));
+    Arena arena = scratch.arena();
     const ScoreSums sums = take_sums(op, arena, sequence.channels());
     Selection<F>::only_score(sequence, sums);
     finish_scores(sequence, sums, {share, other});
@@ -131,7 +131,8 @@ int64_t unified_bytes(const std::vector<Part<F>>& parts) {
   int64_t words = 0, channels = 0;
   for (const Part<F>& part : parts) words += part.view.words(), channels += part.view.out;
   // scores and their copies, the selection, one copy of an aliased row
-  return sum_bytes(channels) + channels * 9 + 4 * words + SelectionScratch<F>::bytes(words) + 8 * 64;
+  return sum_bytes(channels) + channels * 9 + 4 * words + SelectionScratch<F>::bytes(words) +
+         10 * 64;  // alignment
 }
 
 template <class F>
@@ -203,14 +204,14 @@ Tensors unified_masks(Tensors weights, int64_t keep, std::vector<int64_t> nm,
         result.push_back(bits);
       }
     }
-    const Tensor scratch = new_scratch(unified_bytes(parts));
+    const OwnScratch scratch(unified_bytes(parts));
     unified_into(op, std::move(parts), keep, optional_ratio(nm), channel_keep.data(),
-                 {shares[0], shares[1]}, stage, arena_of(scratch));
+                 {shares[0], shares[1]}, stage, scratch.arena());
   });
   return result;
 }
 
-// The same into rows of a mask bank. `within` may be the unstructured row and `nm_from` the N:M row.
+// The same into rows of a mask bank. `within` may be the unstructured row, `nm_from` the N:M row.
 void unified_rows_(Tensors weights, const Tensor& keep, std::vector<int64_t> nm,
                    const Tensor& channel_keep, std::vector<int64_t> shares, MaybeTensor within,
                    MaybeTensor nm_from, const Tensor& unstructured, MaybeTensor nm_row,
@@ -219,7 +220,7 @@ void unified_rows_(Tensors weights, const Tensor& keep, std::vector<int64_t> nm,
   dispatch_list(op, weights, [&](auto format) {
     using F = decltype(format);
     auto parts = parts_of<F>(op, weights);
-    Arena arena = arena_of(scratch);
+    Arena arena = arena_of(op, scratch);
     const auto eligible = words_of_row(op, "within", parts, within);
     const auto given = words_of_row(op, "nm_from", parts, nm_from);
     Stage stage{{eligible.begin(), eligible.end()},
@@ -227,6 +228,13 @@ void unified_rows_(Tensors weights, const Tensor& keep, std::vector<int64_t> nm,
                 words_of_row(op, "unstructured", parts, unstructured),
                 words_of_row(op, "nm_row", parts, nm_row),
                 words_of_row(op, "channel", parts, channel)};
+    STD_TORCH_CHECK(channel_keep.scalar_type() == ScalarType::Long &&
+                        channel_keep.is_contiguous() &&
+                        channel_keep.numel() == static_cast<int64_t>(parts.size()),
+                    op, ": channel_keep has dtype ",
+                    torch::headeronly::toString(channel_keep.scalar_type()), " and ",
+                    channel_keep.numel(), " entries, but it is ", parts.size(),
+                    " contiguous int64; make it with torch.tensor");
     STD_TORCH_CHECK(nm.empty() || nm_row, op, ": nm is given, but there is no row nm_row for its "
                     "masks; pass one");
     if (stage.within[0] == stage.unstructured[0] && unstructured.numel() > 0) {

@@ -179,10 +179,16 @@ def define(
         table["triton"] = triton
     _implementations[op] = table
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    arguments = getattr(torch.ops.sparse_cocktail, op).default._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
 
     def kernel(*args):
         check(*args)
-        return table[chosen(op, _device(args))](*args)
+        result = table[chosen(op, _device(args))](*args)
+        for index in written:  # kernels write memory behind autograd's back
+            if args[index] is not None and not args[index].is_inference():
+                torch.autograd.graph.increment_version(args[index])
+        return result
 
     def checked_fake(*args):
         check(*args)
@@ -208,6 +214,11 @@ def check_weight(op: str, weight: Tensor, name: str = "weight") -> None:
         raise ValueError(
             f"{op}: {name} has shape {tuple(weight.shape)}, but a weight has at least the 2 "
             "dimensions (out, in); leave vectors such as biases out"
+        )
+    if weight.layout != torch.strided:
+        raise TypeError(
+            f"{op}: {name} has layout {weight.layout}, but weights are dense tensors; convert it "
+            "with to_dense()"
         )
     if weight.dtype not in DTYPES:
         raise TypeError(
@@ -237,6 +248,13 @@ def check_bits(op: str, bits: Tensor, shape: tuple[int, int, int], name: str = "
         raise ValueError(
             f"{op}: {name} has shape {tuple(bits.shape)}, but this weight has mask bits "
             f"(out, taps, ceil(in / 32)) = {tuple(shape)}; make them with ops.pack_mask(mask)"
+        )
+
+
+def check_device(op: str, tensor: Tensor, weight: Tensor, name: str) -> None:
+    if tensor.device != weight.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, but its weight is on {weight.device}; move it"
         )
 
 

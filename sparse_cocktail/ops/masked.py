@@ -12,6 +12,7 @@ from .. import reference
 from ..reference import bits_shape
 from .dispatch import (
     check_bits,
+    check_device,
     check_same_length,
     check_weight,
     check_weights,
@@ -32,6 +33,7 @@ _cpp = torch.ops.sparse_cocktail_cpp
 def _check_masked_weight(weight, bits, dtype=None) -> None:
     check_weight("masked_weight", weight)
     check_bits("masked_weight", bits, bits_shape(weight.shape))
+    check_device("masked_weight", bits, weight, "bits")
 
 
 def _masked_weights_cpp(weights, bits, dtype=None) -> list[Tensor]:
@@ -90,6 +92,7 @@ def _check_masked_weights(weights, bits, dtype=None) -> None:
     check_same_length("masked_weights", weights, bits, "bits")
     for index, (weight, words) in enumerate(zip(weights, bits, strict=True)):
         check_bits("masked_weights", words, bits_shape(weight.shape), f"bits[{index}]")
+        check_device("masked_weights", words, weight, f"bits[{index}]")
 
 
 _weights = define(
@@ -163,6 +166,7 @@ def _autocast(x: Tensor) -> Tensor:
 def _check_layer(op: str, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:
     check_weight(op, weight)
     check_bits(op, bits, bits_shape(weight.shape))
+    check_device(op, bits, weight, "bits")
     if not x.is_floating_point():
         raise TypeError(f"{op}: x has dtype {x.dtype}, but it must be floating point; convert it")
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):

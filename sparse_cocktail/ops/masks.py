@@ -12,6 +12,7 @@ from .. import reference
 from ..reference import bits_shape, block_count
 from .dispatch import (
     check_bits,
+    check_device,
     check_same_length,
     check_weight,
     check_weights,
@@ -227,6 +228,7 @@ def check_within(op: str, weights: list[Tensor], within: list[Tensor] | None) ->
     check_same_length(op, weights, within, "within")
     for i, (weight, bits) in enumerate(zip(weights, within, strict=True)):
         check_bits(op, bits, bits_shape(weight.shape), f"within[{i}]")
+        check_device(op, bits, weight, f"within[{i}]")
 
 
 def _check_topk(weights: list[Tensor], keep: list[int], within: list[Tensor] | None) -> None:

@@ -1,8 +1,9 @@
 """Ops of the `masks` family that write rows of a MaskBank in place.
 
 A row is one flat int32 tensor: the bits of every weight of a list, one after the other. These ops
-allocate nothing and never wait for the device, so that a CUDA graph can capture them: counts are
-int64 tensors on the device, and scratch memory comes from the caller, who makes it once.
+allocate no tensor and never wait for the device, so that a CUDA graph can capture them: counts are
+int64 tensors on the device, and scratch memory comes from the caller, who makes it once. (On the
+CPU a weight whose kernel axes do not merge, such as a transposed kernel, is copied each time.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import beta_shares, bits_shape
-from .dispatch import check_weights, chosen, define, lazy_triton
+from .dispatch import check_device, check_weights, chosen, define, lazy_triton
 from .masks import strided
 from .unified import check_beta, check_ratio
 
@@ -45,14 +46,20 @@ def _check_row(op: str, weights: Sequence[Tensor], row: Tensor | None, name: str
             f"but these weights have rows of {words} contiguous int32 words; make one with "
             "MaskBank.add()"
         )
+    if weights:
+        check_device(op, row, weights[0], name)
 
 
-def _check_counts(op: str, counts: Tensor, shape: tuple[int, ...], name: str) -> None:
+def _check_counts(
+    op: str, counts: Tensor, shape: tuple[int, ...], name: str, weights: Sequence[Tensor]
+) -> None:
     if counts.dtype != torch.int64 or tuple(counts.shape) != shape:
         raise TypeError(
             f"{op}: {name} is {counts.dtype} of shape {tuple(counts.shape)}, but it must be int64 "
             f"of shape {shape}, on the device of the weights; make it once with torch.tensor"
         )
+    if weights:
+        check_device(op, counts, weights[0], name)
 
 
 def _clamped(count: Tensor, limit: int) -> int:
@@ -72,7 +79,7 @@ def workspace(weights: Sequence[Tensor]) -> Tensor:
         return torch.empty(0, dtype=torch.uint8)
     backend = chosen("topk_row_", weights[0].device)
     if backend == "cpp":
-        size = _cpp.workspace_bytes([w.detach() for w in weights])
+        size = _cpp.workspace_bytes([strided(w.detach()) for w in weights])
         return torch.empty(size, dtype=torch.uint8)
     if backend == "triton":
         return lazy_triton("triton_masks", "workspace")(weights)
@@ -85,7 +92,7 @@ def workspace(weights: Sequence[Tensor]) -> Tensor:
 def _check_topk(weights, keep, within, row, scratch) -> None:
     op = "topk_row_"
     check_weights(op, weights)
-    _check_counts(op, keep, (), "keep")
+    _check_counts(op, keep, (), "keep", weights)
     _check_row(op, weights, within, "within")
     _check_row(op, weights, row, "row")
 
@@ -140,8 +147,8 @@ nm_row_ = define(
 def _check_unified(weights, keep, nm, channel_keep, beta, within, nm_from, *written) -> None:
     op = "unified_rows_"
     check_weights(op, weights)
-    _check_counts(op, keep, (), "keep")
-    _check_counts(op, channel_keep, (len(weights),), "channel_keep")
+    _check_counts(op, keep, (), "keep", weights)
+    _check_counts(op, channel_keep, (len(weights),), "channel_keep", weights)
     check_beta(op, beta)
     check_ratio(op, nm)
     rows = dict(
@@ -155,6 +162,19 @@ def _check_unified(weights, keep, nm, channel_keep, beta, within, nm_from, *writ
         _check_row(op, weights, row, name)
     if nm and nm_from is not None:
         raise ValueError(f"{op}: both nm={tuple(nm)} and nm_from are given; give one of them")
+    if nm and rows["nm_row"] is None:
+        raise ValueError(
+            f"{op}: nm={tuple(nm)} is given without a row nm_row for its masks; add one"
+        )
+    names = list(rows)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            updated = (a, b) in (("within", "unstructured"), ("nm_from", "nm_row"))
+            if rows[a] is not None and rows[a] is rows[b] and not updated:
+                raise ValueError(
+                    f"{op}: {a} and {b} are the same row; only within may be the unstructured row, "
+                    "and nm_from the N:M row: add another"
+                )
 
 
 def _unified_reference(
@@ -176,7 +196,7 @@ def _unified_reference(
 
 def _unified_cpp(weights, keep, nm, channel_keep, beta, *rest) -> None:
     weights = [strided(w) for w in weights]
-    _cpp.unified_rows_(weights, keep, nm, channel_keep, beta_shares(beta), *rest)
+    _cpp.unified_rows_(weights, keep, nm, channel_keep.contiguous(), beta_shares(beta), *rest)
 
 
 unified_rows_ = define(

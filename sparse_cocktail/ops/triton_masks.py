@@ -202,7 +202,7 @@ def block_masks(
     if not weights:
         return []
     _check_device("block_masks", weights[0].device)
-    if not _keyed(weights):
+    if not _keyed(weights) or not all(w.numel() for w in weights):
         return reference.block_masks(weights, keep, block, within)
     scores, tiles = [], []
     for index, weight in enumerate(_walkable(weights)):
@@ -409,5 +409,6 @@ def unified_rows_(
             weights, keep, nm, channel_keep, beta, within, nm_from, *rows
         )
     ratio = tuple(nm) or None
+    channel_keep = channel_keep.contiguous()
     unified = launch.Unified(ratio, nm_from, nm_row, _parts(beta), channel_keep, channel)
     launch.select_row(weights, keep, within, unstructured, scratch, unified)

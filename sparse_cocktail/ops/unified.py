@@ -10,7 +10,14 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import beta_shares, bits_shape
-from .dispatch import check_bits, check_same_length, check_weights, define, lazy_triton
+from .dispatch import (
+    check_bits,
+    check_device,
+    check_same_length,
+    check_weights,
+    define,
+    lazy_triton,
+)
 from .masks import check_keep, check_within, new_bits, packed, strided
 
 __all__ = ["channel_masks", "channel_scores", "unified_masks"]
@@ -38,6 +45,7 @@ def _check_scores(weights, unstructured, nm, beta) -> None:
         check_same_length("channel_scores", weights, masks, name)
         for i, (weight, bits) in enumerate(zip(weights, masks, strict=True)):
             check_bits("channel_scores", bits, bits_shape(weight.shape), f"{name}[{i}]")
+            check_device("channel_scores", bits, weight, f"{name}[{i}]")
 
 
 _scores = define(
@@ -117,10 +125,10 @@ def channel_masks(
         shapes: shape (out, in, *taps) of each weight.
     """
     for i, (score, shape) in enumerate(zip(scores, shapes, strict=False)):
-        if len(shape) < 2 or shape[0] != score.shape[0]:
+        if len(shape) < 2 or shape[0] != score.numel() or min(shape) < 0:
             raise ValueError(
-                f"channel_masks: shapes[{i}]={tuple(shape)} does not start with the "
-                f"{score.shape[0]} channels of scores[{i}]; give the shape of its weight"
+                f"channel_masks: shapes[{i}]={tuple(shape)} is no shape (out, in, *taps) with the "
+                f"{score.numel()} channels of scores[{i}]; give the shape of its weight"
             )
     taps = [math.prod(shape[2:]) for shape in shapes]
     return _channels(list(scores), list(keep), taps, [shape[1] for shape in shapes])
@@ -160,6 +168,7 @@ def _check_unified(weights, keep, nm, channel_keep, beta, within=None, nm_bits=N
         check_same_length(op, weights, nm_bits, "nm_bits")
         for i, (weight, bits) in enumerate(zip(weights, nm_bits, strict=True)):
             check_bits(op, bits, bits_shape(weight.shape), f"nm_bits[{i}]")
+            check_device(op, bits, weight, f"nm_bits[{i}]")
 
 
 _unified = define(
