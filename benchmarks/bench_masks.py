@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,21 @@ PANELS = ("keep 20 %, 2:4, channels 50 %", "keep 20 %", "2:4", "keep 20 %, fp32"
 REMARKS = (
     "Layer shapes of real networks, random values: normal with a standard deviation of "
     "1 / sqrt(fan-in) per layer, by a fixed seed (no trained weights are downloaded here). "
-    "All implementations of a table are timed in turn, each sample on other weights than the one "
-    "before: on the CPU from sets that are together twice the last-level cache, on a GPU after its "
-    "L2 was overwritten. Only results that equal the definition exactly are timed. Peers give bool "
-    "masks (a byte per weight), ours are packed (a bit per weight).",
+    "{order} Only results that equal the definition exactly are timed. Peers give bool masks (a "
+    "byte per weight), ours are packed (a bit per weight).",
     "",
     "Read passes: the time over that of `torch/sum`, one read of the same weights. GB/s: the "
     "fewest bytes that the op must move, over the time; of copy: its share of what `torch/copy` "
     "moves (bytes read plus bytes written). Modes: eager, or graph (replay of a CUDA graph).",
+)
+COLD = (
+    "All implementations of a table are timed in turn, each sample on other weights than the one "
+    "before: on the CPU from sets that are together twice the last-level cache, on a GPU after its "
+    "L2 was overwritten."
+)
+WARM = (
+    "Warm: each implementation is timed in one go, every sample on the same weights, of which the "
+    "caches keep what they can."
 )
 
 
@@ -79,6 +87,7 @@ def run(
     only: Sequence[str] = (),
     pictures: bool = True,
     tell: Callable[[str], None] = print,
+    warm: bool = False,
 ) -> tuple[dict[str, Any], list[Path]]:
     """Measure; write NAME.json, NAME.md and pictures into a folder after each list of weights.
 
@@ -86,6 +95,7 @@ def run(
         out: folder (default: benchmarks/results/masks). NAME is cpu or that of the GPU.
         quick: small weights and few samples.
         cases, only: names of weights and of ops (default: all).
+        warm: each implementation in one go on the same weights (CPU); NAME gets "-warm".
 
     Returns:
         The benchmark's content and the files written.
@@ -100,14 +110,16 @@ def run(
     plan = Plan(seconds=1.0 if place.type == "cpu" else 0.3)
     if quick:
         plan = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
-    environment = describe(place)
+    if warm:
+        plan = replace(plan, rounds=1)
+    environment = {**describe(place), "warm": warm}
     result = {"format": 1, "bench": "masks", "environment": environment, "rows": []}
-    folder, name = out or RESULTS, result_name(place)
+    folder, name = out or RESULTS, result_name(place) + ("-warm" if warm else "")
     clock, cache = runner(place), 0 if quick else cache_bytes()  # quick: two sets of weights
     for case in cases:
         wanted = [pair for pair in makers(case) if pair[0] in only]
         try:
-            inputs = Inputs(CASES[case], place, cache, memory_bytes() // 8)
+            inputs = Inputs(CASES[case], place, cache, memory_bytes() // 8, warm=warm)
         except torch.OutOfMemoryError:
             tell(f"{case}: left out, the weights do not fit into the memory of this GPU")
             continue
@@ -135,7 +147,8 @@ def redraw(path: Path, pictures: bool = True) -> list[Path]:
     result = read_json(path)
     facts = result["environment"]
     title = f"Mask ops on {facts.get('gpu', facts['cpu'])}, {facts['threads']} threads"
-    text = markdown(result, title, REMARKS)
+    order = WARM if facts.get("warm") else COLD
+    text = markdown(result, title, [remark.format(order=order) for remark in REMARKS])
     table = path.with_suffix(".md")
     write_atomic(table, lambda file: file.write(text.encode()))
     made = [path, table]

@@ -109,6 +109,7 @@ class Inputs:
 
     Args:
         cache: bytes of the last-level cache; memory: bytes that all sets may take.
+        warm: one set after all, for figures of what the caches give.
     """
 
     def __init__(
@@ -118,11 +119,12 @@ class Inputs:
         cache: int,
         memory: int,
         fixed: bool | None = None,
+        warm: bool = False,
     ) -> None:
         self.case, self.device = case, device
         fixed = device.type == "cuda" if fixed is None else fixed
         fitting = max(2, min(-(-2 * cache // case.bytes), memory // case.bytes, MOST_SETS))
-        count = SPARE if fixed else fitting
+        count = 1 if warm else SPARE if fixed else fitting
         self._values = [self._flat(seed) for seed in range(count)]
         first = Weights(case, self._values[0])
         if case.dtype == torch.float32:

@@ -50,6 +50,9 @@ def masks(
     ] = "",
     only: Annotated[str, typer.Option("--ops", help="ops, such as topk_masks,nm_mask")] = "",
     pictures: Annotated[bool, typer.Option(help="draw PNG files too")] = True,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="the same weights again and again: NAME-warm.json")
+    ] = False,
     redraw: Annotated[
         Path | None, typer.Option(help="only table and pictures again, from this JSON")
     ] = None,
@@ -71,7 +74,7 @@ def masks(
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     result, files = program.run(
-        out, device, quick, threads, _names(cases), _names(only), pictures, tell
+        out, device, quick, threads, _names(cases), _names(only), pictures, tell, warm
     )
     output = _checkout("output")
     tell(output.aligned(output.overview(result["rows"], short=True)))
