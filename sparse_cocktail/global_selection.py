@@ -118,12 +118,6 @@ def _describe(
         if within is not None:
             within = list(within)
             check_within("global_topk", weights, within)
-            for i, (weight, bits) in enumerate(zip(weights, within, strict=True)):
-                if bits.device != weight.device:
-                    raise ValueError(
-                        f"global_topk: within[{i}] is on {bits.device}, but weights[{i}] is on "
-                        f"{weight.device}; move the bits to the weight's device"
-                    )
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         return {"problem": (kind, str(error))}, [], None

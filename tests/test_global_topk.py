@@ -219,7 +219,7 @@ FAULTS = {
             [_bits(_one(2, 3)).to("meta" if own == 1 else "cpu")],
         ),
         ValueError,
-        "within[0] is on meta, but weights[0] is on cpu; move the bits",
+        "within[0] is on meta, but its weight is on cpu; move it",
     ),
 }
 

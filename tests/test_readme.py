@@ -47,4 +47,4 @@ def test_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_there_are_blocks_for_every_user():
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
