@@ -39,7 +39,6 @@ struct PlainBlock {
 // sums of the multiples plus a known constant per element.
 constexpr double kMagic = 24576.0;
 constexpr uint64_t kMagicBits = 0x40D8000000000000;  // unsigned: sums of them wrap around
-constexpr double kExactBelow = 8.0;
 constexpr int64_t kExactElements = int64_t{1} << 20;  // 2^20 * 8 * 2^38 fits an int64
 
 inline uint64_t magic_bits(double value) {
@@ -103,7 +102,8 @@ struct WideSums {
 // The same in two steps of single precision, which vectors do twice as many of: adding 48 rounds a
 // number below 8 to a multiple of 2^-18, and adding 1.5 * 2^-15 rounds what is left of it, which is
 // exact, to a multiple of 2^-38, to nearest even. Both multiples are small: 1024 numbers sum to
-// less than 2^32 and 2^30, so sums of the bit patterns may stay in 32 bits for so many, modulo 2^32.
+// less than 2^32 and 2^30, so sums of the bit patterns may stay in 32 bits for so many, modulo
+// 2^32.
 constexpr float kCoarse = 48.0f, kFine = 0x1.8p-15f;
 constexpr uint32_t kCoarseBits = 0x42400000, kFineBits = 0x38400000;
 constexpr int kWordsPerFlush = 32;

@@ -9,7 +9,6 @@
 // candidates: there is room for as many as there are weights, in pages that are not touched before.
 #pragma once
 
-#include <array>
 #include <cmath>
 
 #include "sample.h"
