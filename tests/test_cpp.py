@@ -6,6 +6,7 @@ agree with the kernels.
 
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -365,6 +366,19 @@ def test_more_than_two_to_the_31_elements():
 
 
 # ---- rows of a mask bank -------------------------------------------------------------------------
+
+
+def test_calls_at_the_same_time():
+    """Scratch stays from call to call; calls that overlap do not share it, whatever their size."""
+    weights = [torch.randn(64, 32 * n, generator=torch.manual_seed(n)) for n in (9, 30, 3, 17)]
+    alone = [cpp.topk_masks([w], [w.numel() // 3], None)[0] for w in weights]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(8):
+            calls = [
+                threads.submit(cpp.topk_masks, [w], [w.numel() // 3], None) for w in weights * 2
+            ]
+            for call, expected in zip(calls, alone * 2, strict=True):
+                assert torch.equal(call.result()[0], expected)
 
 
 def test_rows_need_enough_scratch():

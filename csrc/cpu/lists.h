@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <mutex>
 #include <optional>
 
 #include "nm.h"
@@ -109,15 +110,35 @@ inline Arena aligned_arena(uint8_t* memory, int64_t bytes) {
   return {memory + lost, bytes - lost};
 }
 
-// Scratch of one call. Not a tensor: torch fills new tensors in its deterministic mode.
+// Scratch of one call. It stays for the next one: a call would spend as long on the pages of fresh
+// memory as on its candidates. Not a tensor: torch fills new tensors in its deterministic mode.
 class OwnScratch {
  public:
-  explicit OwnScratch(int64_t bytes) : bytes_(bytes + 2048), memory_(new uint8_t[bytes_]) {}
-  Arena arena() const { return aligned_arena(memory_.get(), bytes_); }
+  explicit OwnScratch(int64_t bytes) : lock_(kept().mutex, std::try_to_lock) {
+    bytes += 2048;
+    Buffer& buffer = lock_ && bytes <= kMostKept ? kept().buffer : own_;
+    if (buffer.bytes < bytes) buffer = {std::unique_ptr<uint8_t[]>(new uint8_t[bytes]), bytes};
+    buffer_ = &buffer;
+  }
+  Arena arena() const { return aligned_arena(buffer_->memory.get(), buffer_->bytes); }
 
  private:
-  int64_t bytes_;
-  std::unique_ptr<uint8_t[]> memory_;
+  static constexpr int64_t kMostKept = int64_t{1} << 29;  // of which few pages are ever touched
+  struct Buffer {
+    std::unique_ptr<uint8_t[]> memory;
+    int64_t bytes = 0;
+  };
+  struct Kept {
+    std::mutex mutex;  // a second call at the same time takes memory of its own
+    Buffer buffer;
+  };
+  static Kept& kept() {
+    static Kept* const all = new Kept;  // never freed: threads may outlive static objects
+    return *all;
+  }
+
+  std::unique_lock<std::mutex> lock_;
+  Buffer own_, *buffer_;
 };
 
 inline Arena arena_of(const char* op, const Tensor& scratch) {

@@ -18,7 +18,7 @@ namespace sparse_cocktail {
 // How often selections of this process have read all of their weights; tests look at differences.
 inline std::atomic<int64_t> weight_passes{0};
 
-constexpr double kDeviations = 4.0;     // of the sampled rank, on either side
+constexpr double kDeviations = 3.0;     // of the sampled rank, on either side
 constexpr int64_t kSmall = int64_t{1} << 13;  // up to here every key is a candidate
 
 // Channel scores that are summed on the way (unified masks); null pointers: not wanted.
@@ -151,9 +151,9 @@ class Selection {
   }
 
   void sample_bracket() {
-    const std::vector<Key> sample = draw_sample(sequence_);
+    Key* const sample = scratch_.keys(0);  // the candidates need it only afterwards
+    const int64_t drawn = draw_sample(sequence_, sample);
     lo_ = 0, hi_ = F::kNaN;
-    const int64_t drawn = sample.size();
     if (drawn == 0) return;
     // The rank of the threshold among the drawn keys, largest first, and its binomial spread. What
     // is drawn together is alike to some degree: the spread counts it as half as many.
@@ -162,12 +162,12 @@ class Selection {
     const int64_t first = static_cast<int64_t>(share * drawn - spread);
     const int64_t last = static_cast<int64_t>(share * drawn + spread) + 1;
     std::vector<uint32_t> bins(kBins);
-    for (const Key key : sample) ++bins[key >> kSampleShift<F>];
-    if (first > 0) hi_ = ranked<F>(sample, bins, first);
-    if (last < drawn) lo_ = ranked<F>(sample, bins, last);
+    for (int64_t i = 0; i < drawn; ++i) ++bins[sample[i] >> kSampleShift<F>];
+    if (first > 0) hi_ = ranked<F>(sample, drawn, bins, first);
+    if (last < drawn) lo_ = ranked<F>(sample, drawn, bins, last);
     // Very many keys may equal lo (zeros of a pruned network). They are only counted then, and if
     // the threshold is lo, a second pass takes their bits, without keys.
-    if (lo_ < hi_ && std::count(sample.begin(), sample.end(), lo_) > drawn / 16) {
+    if (lo_ < hi_ && std::count(sample, sample + drawn, lo_) > drawn / 16) {
       counts_below_ = true;
       ++lo_;
     }
