@@ -202,3 +202,26 @@ def masked_weights(
         )  # fmt: skip
     else:
         strided_masked(p_record, first, words, p_source, p_result, KIND, RESULT_KIND, BLOCK)
+
+
+# the same for one weight, described by numbers instead of a table: a graph can capture it
+@triton.jit
+def masked_weight(
+    p_bits, p_source, p_result, words, words_per_row, inputs, taps, source_out, source_tap,
+    source_in, result_out, result_tap, result_in, KIND: tl.constexpr, RESULT_KIND: tl.constexpr,
+    SOURCE: tl.constexpr, TARGET: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    p_source = p_source.to(tl.pointer_type(SOURCE), bitcast=True)
+    p_result = p_result.to(tl.pointer_type(TARGET), bitcast=True)
+    o_word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_word = o_word < words
+    on = unpack(tl.load(p_bits + o_word, mask=m_word, other=0))
+    o_row = o_word // words_per_row
+    i_in = ((o_word - o_row * words_per_row) * 32)[:, None] + tl.arange(0, 32)[None, :]
+    o_out = o_row // taps
+    o_tap = o_row - o_out * taps
+    p_source += (o_out * source_out + o_tap * source_tap)[:, None]
+    p_result += (o_out * result_out + o_tap * result_tap)[:, None]
+    m_all = m_word[:, None] & (i_in < inputs)
+    o_source, o_result = i_in * source_in, i_in * result_in
+    store_masked(p_source, p_result, o_source, o_result, on, m_all, KIND, RESULT_KIND)

@@ -42,7 +42,7 @@ class Subnet:
 
     `row` is its row in the mask bank (None = dense), `statistics` its BatchNorm statistics (None =
     it uses whatever the model holds), `stage` the pruning round that made it, `accuracy` in
-    percent, `live` the channels per layer that are not wholly pruned.
+    percent, `live` the channels per layer that are not wholly pruned, `rows` the same as indices.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Subnet:
     accuracy: float | None = None
     statistics: list[Tensor] | None = field(default=None, repr=False)
     live: list[Tensor] | None = field(default=None, repr=False)
+    rows: list[Tensor] | None = field(default=None, repr=False)
 
 
 class Cocktail(Costs):
@@ -129,7 +130,8 @@ class Cocktail(Costs):
         row = masks if isinstance(masks, int) else self.bank.add(masks)
         subnet = Subnet(name, pattern, row, stage)
         subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(row)]
-        if dead := [n for n, live in zip(self.layers, subnet.live, strict=True) if not live.any()]:
+        subnet.rows = [live.nonzero().flatten() for live in subnet.live]
+        if dead := [n for n, rows in zip(self.layers, subnet.rows, strict=True) if not len(rows)]:
             warnings.warn(
                 f"subnet {name}: no weight is left in {dead}, so its output is constant behind "
                 "them; prune a trained model, prune less, or leave these layers dense (skip)",
@@ -200,6 +202,8 @@ class Cocktail(Costs):
             self.bank.weights[:] = [layer.weight for layer in layers]
             _copy([layer.mask_bits for layer in layers], self.bank.views(subnet.row))
             _copy([layer.live for layer in layers], subnet.live)
+            for layer, rows in zip(layers, subnet.rows, strict=True):
+                layer.set_rows(rows)
             norms = [norm.live for norm, _ in self._silenced]
             _copy(norms, [subnet.live[index] for _, index in self._silenced])
         self.active = subnet.name

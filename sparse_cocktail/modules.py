@@ -31,6 +31,11 @@ __all__ = [
 ]
 
 
+# Share of live outputs up to which a layer computes these alone. Above, moving them to their
+# places costs what they save.
+FEW_ROWS = 0.9
+
+
 class _Masked:
     """What MaskedLinear and MaskedConv2d share: one mask buffer of fixed address, and its manners.
 
@@ -50,6 +55,7 @@ class _Masked:
         self.register_buffer("mask_bits", bits, persistent=False)
         live = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
         self.register_buffer("live", live, persistent=False)
+        self.register_buffer("rows", None, persistent=False)
 
     def set_mask(self, mask: Tensor | Pattern | str | None) -> None:
         """Set or clear the mask, in place.
@@ -62,7 +68,7 @@ class _Masked:
             ValueError, TypeError: for a wrong shape or dtype, or a pattern the layer cannot take.
         """
         if mask is None:
-            self.masked = False
+            self.masked, self.rows = False, None
             return
         if not isinstance(mask, Tensor):
             pattern = parse(mask)
@@ -87,7 +93,30 @@ class _Masked:
                 self.live = torch.empty(mask.shape[:1], dtype=torch.bool, device=mask.device)
             self.mask_bits.copy_(mask)
             self.live.copy_(self.mask_bits.flatten(1).ne(0).any(1))
+            self.set_rows(None if mask.is_meta else ops.live_rows(self.mask_bits))
         self.masked = True
+
+    def set_rows(self, rows: Tensor | None) -> None:
+        """Say which outputs the present mask keeps: int64 (live,), from `ops.live_rows`.
+
+        `set_mask` and `Cocktail.activate` do it. Where few are left, only they are computed.
+        """
+        few = rows is not None and len(rows) <= FEW_ROWS * self.weight.shape[0]
+        self.rows = rows.to(self.mask_bits.device) if few else None
+        if few and not self.mask_bits.is_inference():
+            self._rows_version = self.mask_bits._version
+
+    def _live_rows(self, x: Tensor) -> Tensor | None:
+        """The rows to compute, or None for all: in graphs, which outlive a mask, always all."""
+        if torch.compiler.is_compiling():  # first: a graph must not depend on what follows
+            return None
+        if self.rows is None or self.mask_bits.is_inference():
+            return None
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        if self._rows_version != self.mask_bits._version:  # written by another hand, or moved
+            self.set_rows(ops.live_rows(self.mask_bits))
+        return self.rows
 
     @property
     def mask(self) -> Tensor | None:
@@ -160,7 +189,14 @@ class MaskedLinear(_Masked, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.masked:
             return super().forward(x)
-        return ops.masked_linear(x, self.weight, self.mask_bits, self._live_bias(), self.dense_grad)
+        return ops.masked_linear(
+            x,
+            self.weight,
+            self.mask_bits,
+            self._live_bias(),
+            self.dense_grad,
+            self._live_rows(x),
+        )
 
     @classmethod
     def from_dense(cls, layer: nn.Linear) -> MaskedLinear:
@@ -221,6 +257,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
             self.dilation,
             self.groups,
             self.dense_grad,
+            self._live_rows(x),
         )
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:

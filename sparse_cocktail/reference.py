@@ -271,6 +271,23 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None =
     return F.linear(x, masked_weight(weight, bits, x.dtype), bias)
 
 
+def masked_linear_input_grad(grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
+    return grad @ masked_weight(weight, bits, grad.dtype)
+
+
+def masked_linear_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, dense_grad: bool
+) -> Tensor:
+    product = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return weight_grad(product, weight, bits, dense_grad)
+
+
+def weight_grad(product: Tensor, weight: Tensor, bits: Tensor, dense_grad: bool) -> Tensor:
+    """A product as the gradient of a weight: masked or not, in the weight's dtype and strides."""
+    grad = product if dense_grad else masked_weight(product, bits)
+    return torch.empty_like(weight).copy_(grad)
+
+
 def masked_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -282,6 +299,36 @@ def masked_conv2d(
     groups: int,
 ) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    return F.conv2d(
-        x, masked_weight(weight, bits, x.dtype), bias, stride, padding, dilation, groups
-    )
+    masked = masked_weight(weight, bits, x.dtype)
+    return F.conv2d(x, masked, bias, stride, padding, dilation, groups)
+
+
+def convolution_grad(
+    wanted: int,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """One gradient of F.conv2d: that of x (`wanted` = 0) or of the weight (1). The values of that
+    one are not read, only its shape and memory format."""
+    which = [wanted == 0, wanted == 1, False]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, which
+    )[wanted]
+
+
+def masked_conv2d_input_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, *geometry
+) -> Tensor:
+    return convolution_grad(0, grad, x, masked_weight(weight, bits, grad.dtype), *geometry)
+
+
+def masked_conv2d_weight_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, *geometry, dense_grad: bool
+) -> Tensor:
+    product = convolution_grad(1, grad, x, weight.to(x.dtype), *geometry)
+    return weight_grad(product, weight, bits, dense_grad)

@@ -199,7 +199,7 @@ def test_changed_bits_of_masked_weight_raise(backend, device, listed):
 
 def step(x, weight, bits, bias, layer):
     """Mask, layer and loss as one graph."""
-    halved = ops.mask_and(bits, ops.topk_masks([weight], weight.numel() // 2)[0])
+    (halved,) = ops.topk_masks([weight], weight.numel() // 2, [bits])
     return layer(x, weight, halved, bias).square().mean()
 
 

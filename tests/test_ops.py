@@ -28,24 +28,59 @@ def channels_last(tensor):
 # ---- opcheck -------------------------------------------------------------------------------------
 
 
+def rows_and_bits(*shape):
+    """Bits that leave outputs 0 and 2 only, and these outputs."""
+    bits = bits_of(*shape)
+    bits[1], bits[3:] = 0, 0
+    return bits, torch.tensor([0, 2])
+
+
 def _linear_samples():
-    yield weight_of(3, 5), weight_of(4, 5), bits_of(4, 5), None, False
-    yield weight_of(5), weight_of(4, 5), bits_of(4, 5), weight_of(4), True
-    yield weight_of(0, 5), weight_of(4, 5), bits_of(4, 5), weight_of(4), False
-    yield weight_of(5, 2, 3).permute(2, 1, 0), weight_of(4, 5), bits_of(4, 5), None, False
+    yield weight_of(3, 5), weight_of(4, 5), bits_of(4, 5), None, None, False
+    yield weight_of(5), weight_of(4, 5), bits_of(4, 5), weight_of(4), None, True
+    yield weight_of(0, 5), weight_of(4, 5), bits_of(4, 5), weight_of(4), None, False
+    yield weight_of(5, 2, 3).permute(2, 1, 0), weight_of(4, 5), bits_of(4, 5), None, None, False
     x = weight_of(2, 3, 33, dtype=torch.bfloat16)
-    yield x, weight_of(7, 33), bits_of(7, 33), weight_of(7), False
+    yield x, weight_of(7, 33), bits_of(7, 33), weight_of(7), None, False
+    bits, rows = rows_and_bits(7, 33)
+    yield x, weight_of(7, 33), bits, weight_of(7), rows, False
+
+
+def _linear_input_grad_samples():
+    bits, rows = rows_and_bits(4, 5)
+    yield weight_of(3, 4), weight_of(4, 5), bits_of(4, 5), None
+    yield weight_of(2, 0, 4), weight_of(4, 5), bits_of(4, 5), None
+    yield weight_of(4, dtype=torch.bfloat16), weight_of(4, 5), bits, rows
+
+
+def _linear_weight_grad_samples():
+    bits, rows = rows_and_bits(4, 5)
+    half = torch.bfloat16
+    yield weight_of(3, 4), weight_of(3, 5), weight_of(4, 5), bits_of(4, 5), None, False
+    yield weight_of(2, 3, 4), weight_of(2, 3, 5), weight_of(5, 4).t(), bits_of(4, 5), None, True
+    yield weight_of(3, 4, dtype=half), weight_of(3, 5, dtype=half), weight_of(4, 5), bits, rows, 0
 
 
 def _conv_samples():
     one, two, none = [1, 1], [2, 1], [0, 0]
     x, weight, bits = weight_of(2, 4, 6, 7), weight_of(6, 4, 3, 3), bits_of(6, 4, 3, 3)
-    yield x, weight, bits, None, one, none, one, 1, False
-    yield x, weight, bits, weight_of(6), two, [1, 2], [1, 2], 1, True
-    yield x, weight_of(6, 2, 3, 3), bits_of(6, 2, 3, 3), None, one, one, one, 2, False
-    yield channels_last(x), channels_last(weight), bits, weight_of(6), one, one, one, 1, False
+    yield x, weight, bits, None, None, one, none, one, 1, False
+    yield x, weight, bits, weight_of(6), None, two, [1, 2], [1, 2], 1, True
+    yield x, weight_of(6, 2, 3, 3), bits_of(6, 2, 3, 3), None, None, one, one, one, 2, False
+    last = channels_last(x), channels_last(weight)
+    yield *last, bits, weight_of(6), None, one, one, one, 1, False
     half = weight_of(2, 4, 6, 7, dtype=torch.bfloat16)
-    yield half, channels_last(weight), bits, weight_of(6), one, one, one, 1, False
+    yield half, channels_last(weight), bits, weight_of(6), None, one, one, one, 1, False
+    live, rows = rows_and_bits(6, 4, 3, 3)
+    yield x, weight, live, weight_of(6), rows, two, one, one, 1, False
+    yield *last, live, None, rows, one, one, one, 1, False
+
+
+def _conv_grad_samples():
+    """A gradient of the output before the arguments that the layer had."""
+    for x, weight, bits, _, rows, *geometry, dense_grad in _conv_samples():
+        y = torch.nn.functional.conv2d(x, weight.to(x.dtype), None, *geometry)
+        yield torch.randn_like(y).requires_grad_(), x, weight, bits, rows, *geometry, dense_grad
 
 
 def _weight_samples():
@@ -108,11 +143,20 @@ SAMPLES = {
     "mask_count": lambda: [(bits_of(3, 40),), (bits_of(3, 40).flatten(),)],
     "mask_or": lambda: [(bits_of(3, 40), bits_of(3, 40))],
     "masked_conv2d": _conv_samples,
+    "masked_conv2d_input_grad": lambda: [arguments[:-1] for arguments in _conv_grad_samples()],
+    "masked_conv2d_weight_grad": _conv_grad_samples,
     "masked_linear": _linear_samples,
+    "masked_linear_input_grad": _linear_input_grad_samples,
+    "masked_linear_weight_grad": _linear_weight_grad_samples,
     "masked_weight": _weight_samples,
+    "masked_weight_": lambda: [
+        (weight_of(5, 33, grad=False), bits_of(5, 33)),
+        (channels_last(weight_of(4, 5, 3, 3)).detach(), bits_of(4, 5, 3, 3)),
+        (weight_of(8, 10, grad=False)[::2, 1:6], bits_of(4, 5)),
+    ],
     "masked_weights": lambda: [
-        ([weight_of(4, 8), weight_of(6, 36, 3, 1)], _lists()[1], dtype)
-        for dtype in (None, torch.bfloat16)
+        ([weight_of(4, 8), weight_of(6, 36, 3, 1)], _lists()[1], dtype, dense_grad)
+        for dtype, dense_grad in ((None, False), (torch.bfloat16, True))
     ],
     "nm_mask": lambda: [
         (weight_of(3, 8, 3, 3), 2, 4),
@@ -165,7 +209,8 @@ def results_of(op, backend):
 def test_backends_agree_in_values_and_strides(op, backend, device_of):
     if device_of(backend) != torch.device("cpu"):
         pytest.skip(f"{backend}: does not take the CPU tensors of the samples")
-    tolerance = {} if op in ("masked_linear", "masked_conv2d") else {"rtol": 0, "atol": 0}
+    products = op.startswith(("masked_linear", "masked_conv2d"))
+    tolerance = {} if products else {"rtol": 0, "atol": 0}
     expected = results_of(op, "reference")
     assert expected
     torch.testing.assert_close(results_of(op, backend), expected, check_stride=True, **tolerance)

@@ -10,7 +10,9 @@ from .dispatch import (
     extension_path,
     implementations,
 )
-from .masked import masked_conv2d, masked_linear, masked_weight, masked_weights
+from .masked import live_rows, masked_weight, masked_weight_, masked_weights
+from .masked_conv import masked_conv2d
+from .masked_linear import masked_linear
 from .masks import (
     block_masks,
     mask_and,
@@ -22,11 +24,13 @@ from .masks import (
     topk_masks,
     unpack_mask,
 )
+from .routes import ROUTES, route
 from .rows import nm_row_, topk_row_, unified_rows_, workspace
 from .unified import channel_masks, channel_scores, unified_masks
 
 __all__ = [
     "BACKENDS",
+    "ROUTES",
     "backend",
     "block_masks",
     "channel_masks",
@@ -37,6 +41,7 @@ __all__ = [
     "defined",
     "extension_path",
     "implementations",
+    "live_rows",
     "mask_and",
     "mask_andnot",
     "mask_count",
@@ -44,10 +49,12 @@ __all__ = [
     "masked_conv2d",
     "masked_linear",
     "masked_weight",
+    "masked_weight_",
     "masked_weights",
     "nm_mask",
     "nm_row_",
     "pack_mask",
+    "route",
     "topk_masks",
     "topk_row_",
     "unified_masks",

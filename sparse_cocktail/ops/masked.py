@@ -1,11 +1,10 @@
-"""Ops of the `masked` family: one dense weight, a packed mask, and no W*m kept for the backward."""
+"""Masked weights: where(mask, w, 0), of one weight or a list, and in place."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -22,7 +21,7 @@ from .dispatch import (
 )
 from .masks import packed, strided
 
-__all__ = ["masked_conv2d", "masked_linear", "masked_weight", "masked_weights"]
+__all__ = ["live_rows", "masked_weight", "masked_weight_", "masked_weights"]
 
 _cpp = torch.ops.sparse_cocktail_cpp
 
@@ -36,7 +35,7 @@ def _check_masked_weight(weight, bits, dtype=None) -> None:
     check_device("masked_weight", bits, weight, "bits")
 
 
-def _masked_weights_cpp(weights, bits, dtype=None) -> list[Tensor]:
+def _masked_weights_cpp(weights, bits, dtype=None, dense_grad=False) -> list[Tensor]:
     if not weights:
         return []
     own = weights[0].dtype
@@ -70,12 +69,12 @@ _weight = define(
 
 def _save_weight(ctx, inputs, output) -> None:
     weight, bits, _ = inputs
-    _save_bits(ctx, bits)
+    save_bits(ctx, bits)
     ctx.dtype = weight.dtype
 
 
 def _weight_backward(ctx, grad):
-    (bits,) = _saved(ctx, "masked_weight")
+    (bits,) = saved_bits(ctx, "masked_weight")
     return _weight(grad, bits, ctx.dtype), None, None
 
 
@@ -87,7 +86,41 @@ def masked_weight(weight: Tensor, bits: Tensor, dtype: torch.dtype | None = None
     return _weight(weight, bits, dtype)
 
 
-def _check_masked_weights(weights, bits, dtype=None) -> None:
+def _check_in_place(weight, bits) -> None:
+    check_weight("masked_weight_", weight)
+    check_bits("masked_weight_", bits, bits_shape(weight.shape))
+    check_device("masked_weight_", bits, weight, "bits")
+
+
+def _in_place_reference(weight, bits) -> None:
+    weight.copy_(reference.masked_weight(weight, bits))
+
+
+def _in_place_cpp(weight, bits) -> None:
+    source = strided(weight)
+    if source is weight and torch.empty_like(weight).stride() == weight.stride():
+        _cpp.masked_weights_into([weight], packed([bits]), [weight])
+    else:  # a slice with gaps
+        weight.copy_(_masked_weights_cpp([weight], [bits])[0])
+
+
+_weight_in_place = define(
+    "masked_weight_(Tensor(a!) weight, Tensor bits) -> ()",
+    triton=lazy_triton("triton_masks", "masked_weight_"),
+    reference=_in_place_reference,
+    cpp=_in_place_cpp,
+    fake=lambda weight, bits: None,
+    check=_check_in_place,
+)
+
+
+def masked_weight_(weight: Tensor, bits: Tensor) -> Tensor:
+    """`masked_weight` in place, for values that need no gradient; returns the weight."""
+    _weight_in_place(weight, bits)
+    return weight
+
+
+def _check_masked_weights(weights, bits, dtype, dense_grad) -> None:
     check_weights("masked_weights", weights)
     check_same_length("masked_weights", weights, bits, "bits")
     for index, (weight, words) in enumerate(zip(weights, bits, strict=True)):
@@ -96,34 +129,54 @@ def _check_masked_weights(weights, bits, dtype=None) -> None:
 
 
 _weights = define(
-    "masked_weights(Tensor[] weights, Tensor[] bits, ScalarType? dtype) -> Tensor[]",
+    "masked_weights(Tensor[] weights, Tensor[] bits, ScalarType? dtype, bool dense_grad) "
+    "-> Tensor[]",
     triton=lazy_triton("triton_masks", "masked_weights"),
-    reference=lambda weights, bits, dtype=None: [
+    reference=lambda weights, bits, dtype, dense_grad: [
         reference.masked_weight(w, b, dtype) for w, b in zip(weights, bits, strict=True)
     ],
     cpp=_masked_weights_cpp,
-    fake=lambda weights, bits, dtype=None: [torch.empty_like(w, dtype=dtype) for w in weights],
+    fake=lambda weights, bits, dtype, dense_grad: [
+        torch.empty_like(w, dtype=dtype) for w in weights
+    ],
     check=_check_masked_weights,
 )
 
 
 def _save_weights(ctx, inputs, output) -> None:
-    weights, bits, _ = inputs
-    _save_bits(ctx, *bits)
+    weights, bits, _, ctx.dense_grad = inputs
+    save_bits(ctx, *bits)
     ctx.dtypes = [w.dtype for w in weights]
 
 
 def _weights_backward(ctx, grads):
-    bits = _saved(ctx, "masked_weights")
-    grads = [_weight(*each) for each in zip(grads, bits, ctx.dtypes, strict=True)]
-    return grads, [None] * len(bits), None
+    bits = saved_bits(ctx, "masked_weights")
+    if ctx.dense_grad:
+        grads = [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+    else:
+        grads = [_weight(*each) for each in zip(grads, bits, ctx.dtypes, strict=True)]
+    return grads, [None] * len(bits), None, None
 
 
 def masked_weights(
-    weights: Sequence[Tensor], bits: Sequence[Tensor], dtype: torch.dtype | None = None
+    weights: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    dense_grad: bool = False,
 ) -> list[Tensor]:
-    """`masked_weight` of a whole list of weights in one call."""
-    return _weights(list(weights), list(bits), dtype)
+    """`masked_weight` of a whole list of weights in one call; with `dense_grad` their gradients
+    are not masked (straight-through)."""
+    return _weights(list(weights), list(bits), dtype, dense_grad)
+
+
+def live_rows(bits: Tensor) -> Tensor:
+    """Outputs that keep a weight: int64 (live,), ascending. Waits for the device: how many there
+    are is a shape.
+
+    Args:
+        bits: int32 (out, taps, words).
+    """
+    return bits.flatten(1).ne(0).any(1).nonzero().flatten()
 
 
 # ---- saved bits ----------------------------------------------------------------------------------
@@ -132,13 +185,13 @@ def masked_weights(
 # mask: the version that the first forward saw is kept as a number and compared.
 
 
-def _save_bits(ctx, *bits: Tensor, others: tuple[Tensor | None, ...] = ()) -> None:
+def save_bits(ctx, *bits: Tensor, others: tuple[Tensor | None, ...] = ()) -> None:
     ctx.save_for_backward(*bits, *others)
     ctx.count = len(bits)
     ctx.versions = [b._version for b in bits]
 
 
-def _saved(ctx, op: str) -> tuple[Tensor, ...]:
+def saved_bits(ctx, op: str) -> tuple[Tensor, ...]:
     saved = ctx.saved_tensors
     if [bits._version for bits in saved[: ctx.count]] != ctx.versions:
         raise RuntimeError(
@@ -150,211 +203,3 @@ def _saved(ctx, op: str) -> tuple[Tensor, ...]:
 
 gradient("masked_weight", _weight_backward, _save_weight)
 gradient("masked_weights", _weights_backward, _save_weights)
-
-
-# ---- linear --------------------------------------------------------------------------------------
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Under autocast x takes its dtype; weights stay as they are and are cast with the mask."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
-def _check_layer(op: str, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:
-    check_weight(op, weight)
-    check_bits(op, bits, bits_shape(weight.shape))
-    check_device(op, bits, weight, "bits")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x has dtype {x.dtype}, but it must be floating point; convert it")
-    if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
-        raise ValueError(
-            f"{op}: bias has shape {tuple(bias.shape)}, but the weight has {weight.shape[0]} "
-            "outputs; give a bias of shape (out,)"
-        )
-
-
-def _check_linear(x, weight, bits, bias, dense_grad) -> None:
-    _check_layer("masked_linear", x, weight, bits, bias)
-    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"masked_linear: x has shape {tuple(x.shape)} and weight {tuple(weight.shape)}; the "
-            "weight must be (out, in) and x must end in `in`"
-        )
-
-
-def _linear_with_op(x, weight, bits, bias, dense_grad) -> Tensor:
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, _weight(weight, bits, x.dtype), bias)
-
-
-_linear = define(
-    "masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, bool dense_grad) -> Tensor",
-    reference=lambda x, weight, bits, bias, dense_grad: reference.masked_linear(
-        x, weight, bits, bias
-    ),
-    cpp=_linear_with_op,
-    fake=lambda x, weight, bits, bias, dense_grad: x.new_empty((*x.shape[:-1], weight.shape[0])),
-    check=_check_linear,
-)
-
-
-def _save_layer(ctx, inputs, output) -> None:
-    x, weight, bits, bias, *ctx.geometry, ctx.dense_grad = inputs
-    _save_bits(ctx, bits, others=(x, weight))
-    ctx.bias_dtype = None if bias is None else bias.dtype
-
-
-def _weight_gradient(ctx, grad: Tensor, weight: Tensor, bits: Tensor) -> Tensor:
-    """The gradient in the weight's dtype and strides, masked unless it is wanted dense."""
-    grad = grad.to(weight.dtype) if ctx.dense_grad else _weight(grad, bits, weight.dtype)
-    if grad.stride() == weight.stride():
-        return grad
-    return torch.empty_like(weight).copy_(grad)
-
-
-def _linear_backward(ctx, grad):
-    bits, x, weight = _saved(ctx, "masked_linear")
-    grad_x = grad_weight = grad_bias = None
-    rows = grad.reshape(-1, grad.shape[-1])
-    if ctx.needs_input_grad[0]:
-        grad_x = grad @ _weight(weight, bits, x.dtype)
-    if ctx.needs_input_grad[1]:
-        grad_weight = _weight_gradient(ctx, rows.t() @ x.reshape(-1, x.shape[-1]), weight, bits)
-    if ctx.needs_input_grad[3]:
-        grad_bias = rows.sum(0).to(ctx.bias_dtype)
-    return grad_x, grad_weight, None, grad_bias, None
-
-
-gradient("masked_linear", _linear_backward, _save_layer)
-
-
-def masked_linear(
-    x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None, dense_grad: bool = False
-) -> Tensor:
-    """F.linear(x, where(mask, weight, 0), bias) without keeping the masked weight.
-
-    Args:
-        x: (..., in). Computation is in its dtype; under autocast it is cast first.
-        weight: (out, in), in any float dtype (an fp32 master weight stays as it is).
-        bits: int32 (out, 1, ceil(in / 32)).
-        bias: (out,).
-        dense_grad: give the weight its dense gradient (straight-through) instead of the masked one.
-
-    Returns:
-        (..., out) in the dtype of x.
-    """
-    return _linear(_autocast(x), weight, bits, bias, dense_grad)
-
-
-# ---- convolution ---------------------------------------------------------------------------------
-
-
-def _check_conv(x, weight, bits, bias, stride, padding, dilation, groups, dense_grad) -> None:
-    _check_layer("masked_conv2d", x, weight, bits, bias)
-    if weight.dim() != 4 or x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"masked_conv2d: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, "
-            f"groups={groups}; the weight must be (out, in / groups, kh, kw) and x "
-            "(batch, in, height, width)"
-        )
-
-
-def _conv_with_op(x, weight, bits, bias, stride, padding, dilation, groups, dense_grad):
-    bias = None if bias is None else bias.to(x.dtype)
-    masked = _weight(weight, bits, x.dtype)
-    return F.conv2d(x, masked, bias, stride, padding, dilation, groups)
-
-
-def _conv_fake(x, weight, bits, bias, stride, padding, dilation, groups, dense_grad):
-    like = torch.empty_like(weight, dtype=x.dtype)
-    return F.conv2d(x, like, None, stride, padding, dilation, groups)
-
-
-_conv = define(
-    "masked_conv2d(Tensor x, Tensor weight, Tensor bits, Tensor? bias, SymInt[] stride, "
-    "SymInt[] padding, SymInt[] dilation, int groups, bool dense_grad) -> Tensor",
-    reference=lambda *args: reference.masked_conv2d(*args[:-1]),
-    cpp=_conv_with_op,
-    fake=_conv_fake,
-    check=_check_conv,
-)
-
-
-def _conv_backward(ctx, grad):
-    bits, x, weight = _saved(ctx, "masked_conv2d")
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]]
-    stride, padding, dilation, groups = ctx.geometry
-    grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        _weight(weight, bits, x.dtype),
-        [weight.shape[0]],
-        stride,
-        padding,
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        wanted,
-    )
-    if wanted[1]:
-        grad_weight = _weight_gradient(ctx, grad_weight, weight, bits)
-    if wanted[2]:
-        grad_bias = grad_bias.to(ctx.bias_dtype)
-    return grad_x, grad_weight, None, grad_bias, None, None, None, None, None
-
-
-gradient("masked_conv2d", _conv_backward, _save_layer)
-
-
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else value
-    if isinstance(pair, str) or len(pair) != 2:
-        raise ValueError(
-            f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d "
-            "also takes padding='same' and other padding modes"
-        )
-    return list(pair)
-
-
-def masked_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bits: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    dense_grad: bool = False,
-) -> Tensor:
-    """F.conv2d(x, where(mask, weight, 0), bias, ...) without keeping the masked weight.
-
-    Args:
-        x: (batch, in, height, width) or (in, height, width). Computation is in its dtype; under
-            autocast it is cast first.
-        weight: (out, in / groups, kh, kw), in any float dtype.
-        bits: int32 (out, kh * kw, ceil((in / groups) / 32)).
-        bias: (out,).
-        stride, padding, dilation: an int or a pair.
-        dense_grad: give the weight its dense gradient (straight-through) instead of the masked one.
-
-    Returns:
-        (batch, out, height', width') in the dtype of x, with the strides that F.conv2d gives.
-    """
-    batched = x if x.dim() != 3 else x.unsqueeze(0)
-    result = _conv(
-        _autocast(batched),
-        weight,
-        bits,
-        bias,
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
-        groups,
-        dense_grad,
-    )
-    return result if x.dim() != 3 else result.squeeze(0)

@@ -295,11 +295,46 @@ def unified_masks(
 
 
 def masked_weight(weight: Tensor, bits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return masked_weights([weight], [bits], dtype)[0]
+    _check_device("masked_weight", weight.device)
+    dtype = dtype or weight.dtype
+    if dtype not in simple.KINDS:  # such as float8: torch knows how to round to it
+        return reference.masked_weight(weight, bits, dtype)
+    result = torch.empty_like(weight, dtype=dtype)
+    if weight.numel() == 0:
+        return result
+    source = plan.strided(weight)
+    # where the weight has to be copied, its result takes the copy's strides first
+    target = result if plan.mergeable(result) else torch.empty_like(source, dtype=dtype)
+    _mask_one(source, bits, target)
+    return result if target is result else result.copy_(target)
+
+
+def masked_weight_(weight: Tensor, bits: Tensor) -> None:
+    _check_device("masked_weight_", weight.device)
+    if plan.mergeable(weight) and weight.numel():
+        _mask_one(weight, bits, weight)
+    else:
+        weight.copy_(masked_weight(weight, bits))
+
+
+def _mask_one(source: Tensor, bits: Tensor, target: Tensor) -> None:
+    bits = bits.contiguous()
+    _, taps, row_words = bits.shape
+    block = plan.tile_words(launch.interpreted())
+    strides = [s for t in (source, target) for s in plan.view_strides(t.shape, t.stride())]
+    kinds = simple.kinds(source.dtype, target.dtype)
+    with launch.on_device(source.device):
+        simple.masked_weight[(-(-bits.numel() // block),)](
+            bits, source, target, bits.numel(), row_words, source.shape[1], taps, *strides, *kinds,
+            BLOCK=block,
+        )  # fmt: skip
 
 
 def masked_weights(
-    weights: Sequence[Tensor], bits: Sequence[Tensor], dtype: torch.dtype | None = None
+    weights: Sequence[Tensor],
+    bits: Sequence[Tensor],
+    dtype: torch.dtype | None = None,
+    dense_grad: bool = False,
 ) -> list[Tensor]:
     if not weights:
         return []

@@ -1,0 +1,222 @@
+"""`masked_conv2d` and its two gradients. Each is an op, and they are each other's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from . import layerwise
+from .dispatch import define, gradient, lazy_triton
+from .masked import save_bits, saved_bits
+from .masked_linear import autocast_input, check_layer, check_rows
+from .routes import routed
+
+__all__ = ["masked_conv2d"]
+
+
+def _fused(name: str):
+    return lazy_triton("triton_masked", name)
+
+
+def _check_conv(x, weight, bits, bias, rows, stride, padding, dilation, groups, dense_grad) -> None:
+    check_layer("masked_conv2d", x, weight, bits, bias)
+    check_rows("masked_conv2d", rows, weight)
+    if weight.dim() != 4 or x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"masked_conv2d: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, "
+            f"groups={groups}; the weight must be (out, in / groups, kh, kw) and x "
+            "(batch, in, height, width)"
+        )
+
+
+def _check_grad(op: str, grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, rows, groups):
+    check_layer(op, grad, weight, bits, None)
+    check_rows(op, rows, weight)
+    if weight.dim() != 4 or grad.dim() != 4 or grad.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"{op}: grad has shape {tuple(grad.shape)} and weight {tuple(weight.shape)}; the "
+            "weight must be (out, in / groups, kh, kw) and grad (batch, out, height, width)"
+        )
+    if x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"{op}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}; x "
+            "must be (batch, in, height, width)"
+        )
+
+
+def _conv_fake(x, weight, bits, bias, rows, stride, padding, dilation, groups, dense_grad):
+    like = torch.empty_like(weight, dtype=x.dtype)
+    return F.conv2d(x, like, None, stride, padding, dilation, groups)
+
+
+def _input_grad_fake(grad, x, weight, bits, rows, *geometry):
+    like = torch.empty_like(weight, dtype=grad.dtype)
+    return reference.convolution_grad(0, grad, x, like, *geometry)
+
+
+_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups"
+
+_conv = define(
+    "masked_conv2d(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? rows, "
+    f"{_GEOMETRY}, bool dense_grad) -> Tensor",
+    reference=lambda x, weight, bits, bias, rows, *rest: reference.masked_conv2d(
+        x, weight, bits, bias, *rest[:-1]
+    ),
+    cpp=layerwise.conv2d,
+    triton=routed("conv2d", _fused("conv2d"), layerwise.conv2d),
+    fake=_conv_fake,
+    check=_check_conv,
+)
+_input_grad = define(
+    "masked_conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor? rows, "
+    f"{_GEOMETRY}) -> Tensor",
+    reference=lambda grad, x, weight, bits, rows, *geometry: reference.masked_conv2d_input_grad(
+        grad, x, weight, bits, *geometry
+    ),
+    cpp=layerwise.conv2d_input_grad,
+    triton=routed("conv2d_input_grad", _fused("conv2d_input_grad"), layerwise.conv2d_input_grad),
+    fake=_input_grad_fake,
+    check=lambda grad, x, weight, bits, rows, *geometry: _check_grad(
+        "masked_conv2d_input_grad", grad, x, weight, bits, rows, geometry[-1]
+    ),
+)
+_weight_grad = define(
+    "masked_conv2d_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor? rows, "
+    f"{_GEOMETRY}, bool dense_grad) -> Tensor",
+    reference=lambda grad, x, weight, bits, rows, *rest: reference.masked_conv2d_weight_grad(
+        grad, x, weight, bits, *rest[:-1], dense_grad=rest[-1]
+    ),
+    cpp=layerwise.conv2d_weight_grad,
+    triton=routed("conv2d_weight_grad", _fused("conv2d_weight_grad"), layerwise.conv2d_weight_grad),
+    fake=lambda grad, x, weight, *rest: torch.empty_like(weight),
+    check=lambda grad, x, weight, bits, rows, *rest: _check_grad(
+        "masked_conv2d_weight_grad", grad, x, weight, bits, rows, rest[-2]
+    ),
+)
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def _save_conv(ctx, inputs, output) -> None:
+    x, weight, bits, bias, rows, *ctx.geometry, ctx.dense_grad = inputs
+    save_bits(ctx, bits, others=(x, weight))
+    ctx.rows = rows
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _conv_backward(ctx, grad):
+    bits, x, weight = saved_bits(ctx, "masked_conv2d")
+    rows = ctx.rows
+    grad_x = grad_weight = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = _input_grad(grad, x, weight, bits, rows, *ctx.geometry)
+    if ctx.needs_input_grad[1]:
+        grad_weight = _weight_grad(grad, x, weight, bits, rows, *ctx.geometry, ctx.dense_grad)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
+    return grad_x, grad_weight, None, grad_bias, *[None] * 6
+
+
+def _save_input_grad(ctx, inputs, output) -> None:
+    grad, _, weight, bits, rows, *ctx.geometry = inputs
+    save_bits(ctx, bits, others=(grad, weight))
+    ctx.rows = rows
+
+
+def _input_grad_backward(ctx, second):
+    bits, grad, weight = saved_bits(ctx, "masked_conv2d_input_grad")
+    rows = ctx.rows
+    by_grad = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad = _conv(second, weight, bits, None, rows, *ctx.geometry, False)
+    if ctx.needs_input_grad[2]:
+        by_weight = _weight_grad(grad, second, weight, bits, rows, *ctx.geometry, False)
+    return by_grad, None, by_weight, *[None] * 6
+
+
+def _save_weight_grad(ctx, inputs, output) -> None:
+    grad, x, _, bits, rows, *ctx.geometry, ctx.dense_grad = inputs
+    save_bits(ctx, bits, others=(grad, x))
+    ctx.rows = rows
+
+
+def _weight_grad_backward(ctx, second):
+    bits, grad, x = saved_bits(ctx, "masked_conv2d_weight_grad")
+    rows = ctx.rows
+    by_grad = by_x = None
+    if ctx.dense_grad:
+        dense = second.to(x.dtype)
+        by_grad = F.conv2d(x, dense, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        if ctx.needs_input_grad[1]:
+            by_x = reference.convolution_grad(0, grad, x, dense, *ctx.geometry)
+    else:
+        if ctx.needs_input_grad[0]:
+            by_grad = _conv(x, second, bits, None, rows, *ctx.geometry, False)
+        if ctx.needs_input_grad[1]:
+            by_x = _input_grad(grad, x, second, bits, rows, *ctx.geometry)
+    return by_grad, by_x, *[None] * 8
+
+
+gradient("masked_conv2d", _conv_backward, _save_conv)
+gradient("masked_conv2d_input_grad", _input_grad_backward, _save_input_grad)
+gradient("masked_conv2d_weight_grad", _weight_grad_backward, _save_weight_grad)
+
+
+def _pair(name: str, value: int | Sequence[int]) -> list[int]:
+    pair = [value, value] if isinstance(value, int) else value
+    if isinstance(pair, str) or len(pair) != 2:
+        raise ValueError(
+            f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d "
+            "also takes padding='same' and other padding modes"
+        )
+    return list(pair)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    dense_grad: bool = False,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """F.conv2d(x, where(mask, weight, 0), bias, ...) without keeping the masked weight.
+
+    Args:
+        x: (batch, in, height, width) or (in, height, width). Computation is in its dtype; under
+            autocast it is cast first.
+        weight: (out, in / groups, kh, kw), in any float dtype.
+        bits: int32 (out, kh * kw, ceil((in / groups) / 32)).
+        bias: (out,).
+        stride, padding, dilation: an int or a pair.
+        dense_grad: give the weight its dense gradient (straight-through) instead of the masked one.
+        rows: int64 (live,), the outputs that keep a weight, from `live_rows`: where many are
+            pruned whole, only these are computed (with groups, all are). Rows left out must have
+            no bit set.
+
+    Returns:
+        (batch, out, height', width') in the dtype of x, with the strides that F.conv2d gives.
+    """
+    batched = x if x.dim() != 3 else x.unsqueeze(0)
+    result = _conv(
+        autocast_input(batched),
+        weight,
+        bits,
+        bias,
+        rows,
+        _pair("stride", stride),
+        _pair("padding", padding),
+        _pair("dilation", dilation),
+        groups,
+        dense_grad,
+    )
+    return result if x.dim() != 3 else result.squeeze(0)
