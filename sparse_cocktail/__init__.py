@@ -12,6 +12,7 @@ from .cocktail import Cocktail, Subnet  # noqa: E402
 from .conversion import convert  # noqa: E402
 from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear  # noqa: E402
 from .patterns import NM, Block, Channel, Dense, Unstructured, parse  # noqa: E402
+from .premask import premasked  # noqa: E402
 from .pruning import prune_, to_dense  # noqa: E402
 from .recalibrate import recalibrate  # noqa: E402
 
@@ -33,6 +34,7 @@ __all__ = [
     "ops",
     "parse",
     "patterns",
+    "premasked",
     "prune_",
     "recalibrate",
     "to_dense",

@@ -17,7 +17,7 @@ ORDER = (
     ("bank", "global_selection"),
     ("selection",),
     ("modules",),
-    ("conversion",),
+    ("conversion", "premask"),
     ("cocktail_file",),
     ("recalibrate", "costs", "pruning"),
     ("cocktail", "averaging"),

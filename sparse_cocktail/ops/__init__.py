@@ -12,7 +12,7 @@ from .dispatch import (
 )
 from .masked import live_rows, masked_weight, masked_weight_, masked_weights
 from .masked_conv import masked_conv2d
-from .masked_linear import masked_linear
+from .masked_linear import autocast_dtype, masked_linear
 from .masks import (
     block_masks,
     mask_and,
@@ -31,6 +31,7 @@ from .unified import channel_masks, channel_scores, unified_masks
 __all__ = [
     "BACKENDS",
     "ROUTES",
+    "autocast_dtype",
     "backend",
     "block_masks",
     "channel_masks",

@@ -13,15 +13,20 @@ from .dispatch import check_bits, check_device, check_weight, define, gradient, 
 from .masked import save_bits, saved_bits
 from .routes import routed
 
-__all__ = ["autocast_input", "check_layer", "check_rows", "masked_linear"]
+__all__ = ["autocast_dtype", "autocast_input", "check_layer", "check_rows", "masked_linear"]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer computes with x: its own, or that of autocast."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
 
 
 def autocast_input(x: Tensor) -> Tensor:
     """Under autocast x takes its dtype; weights stay as they are and are cast with the mask."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
+    return x.to(autocast_dtype(x))
 
 
 def check_layer(op: str, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:

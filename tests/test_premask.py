@@ -1,0 +1,91 @@
+"""All masked weights in one call: the same results, and nothing kept for the backward pass."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from sparse_cocktail import Cocktail, convert, models
+from sparse_cocktail.premask import premasked
+
+SUBNETS = ("unstructured-0.5", "channel-0.5", "2:4", "dense")
+
+
+@pytest.fixture(scope="module")
+def cocktail():
+    torch.manual_seed(0)
+    made = Cocktail(convert(models.build("resnet8", {"width": 8})))
+    for name in SUBNETS[:-1]:
+        made.add(name)
+    return made
+
+
+def pass_of(model, x, inside, autocast=False):
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", torch.bfloat16, autocast), inside(model):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def as_always(model):
+    return premasked(nn.Sequential())  # no masked layer in it
+
+
+@pytest.mark.parametrize("subnet", SUBNETS)
+@pytest.mark.parametrize("mode", ["plain", "dense_grad", "autocast"])
+def test_equals_layer_by_layer(cocktail, subnet, mode):
+    model, x = cocktail.model.train(), torch.randn(4, 1, 8, 8)
+    cocktail.activate(subnet)
+    for layer in cocktail.layers.values():
+        layer.dense_grad = mode == "dense_grad"
+    expected = pass_of(copy.deepcopy(model), x, as_always, mode == "autocast")
+    got = pass_of(copy.deepcopy(model), x, premasked, mode == "autocast")
+    assert len(got) == len(expected) > 1
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_no_copy_is_kept_for_the_backward(cocktail):
+    cocktail.activate("unstructured-0.5")
+    model, layers = cocktail.model.train(), cocktail.layers.values()
+    with premasked(model):
+        assert all(m.premasked.requires_grad for m in layers)
+        copies = [StorageWeakRef(m.premasked.untyped_storage()) for m in layers]
+        loss = model(torch.randn(4, 1, 8, 8)).square().mean()
+        assert not any(copy.expired() for copy in copies)
+    assert all(m.premasked is None for m in layers) and all(copy.expired() for copy in copies)
+    loss.backward()
+
+
+@pytest.mark.parametrize("change", ["bits", "weight"])
+def test_changes_before_the_backward_raise(cocktail, change):
+    model = copy.deepcopy(cocktail.model).train()
+    other = [m for m in model.modules() if hasattr(m, "mask_bits")]
+    for layer in other:
+        layer.set_mask("unstructured-0.5")
+    with premasked(model):
+        loss = model(torch.randn(4, 1, 8, 8)).square().mean()
+    with torch.no_grad():
+        target = other[2].mask_bits if change == "bits" else other[2].weight
+        target.copy_(target.clone())
+    with pytest.raises(RuntimeError, match=f"premasked: (a )?{change} changed in place"):
+        loss.backward()
+
+
+def test_another_dtype_masks_its_own_weight():
+    layer = nn.Sequential(nn.Linear(33, 8))
+    convert(layer, skip=())
+    layer[0].set_mask("unstructured-0.5")
+    x = torch.randn(4, 33)
+    with premasked(layer, torch.bfloat16):
+        half, full = layer(x.bfloat16()), layer(x)
+    assert half.dtype == torch.bfloat16 and full.dtype == torch.float32
+    weight = layer[0].weight * layer[0].mask
+    torch.testing.assert_close(full, nn.functional.linear(x, weight, layer[0].bias))
+    expected = nn.functional.linear(x.bfloat16(), weight.bfloat16(), layer[0].bias.bfloat16())
+    torch.testing.assert_close(half, expected)
+    half.float().sum().backward()
+    assert torch.equal(layer[0].weight.grad == 0, ~layer[0].mask)
