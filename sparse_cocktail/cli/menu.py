@@ -165,8 +165,14 @@ def info(
         typer.Argument(help="a cocktail or the folder of a run (default: this machine)"),
     ] = None,
     model: ModelOption = "",
+    choices: Annotated[
+        bool, typer.Option("--choices", help="the measured tables that choose between kernels")
+    ] = False,
 ) -> None:
     """Say what is active on this machine, or what a cocktail file holds."""
+    if choices:
+        _choices()
+        return
     if file is None:
         _machine()
         return
@@ -208,3 +214,18 @@ def _machine() -> None:
     for op in ops.defined():
         kernels.add_row(op, ", ".join(ops.implementations(op)))
     console.print(kernels)
+
+
+def _choices() -> None:
+    from ..ops import routes
+
+    here = routes.this_card()
+    for card in sorted({*routes.cards(), here}):
+        title = f"{card} (this machine)" if card == here else card
+        table = Table("op / dtype / sizes", "route", "faster by", title=title)
+        for bucket, row in routes.table(card).items():
+            table.add_row(bucket, row["route"], f"{row['ratio']:.2f}x")
+        if not table.rows:
+            table.add_row("not measured: every masked layer goes by way of W*m", "layer", "")
+        console.print(table)
+    console.print("Measured by 'sparse-cocktail bench masked --save-choices'.")

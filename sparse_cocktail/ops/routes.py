@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-__all__ = ["ROUTES", "bucket", "choices", "route"]
+from .dispatch import cpu_level
+
+__all__ = ["ROUTES", "bucket", "cards", "route", "routed", "table", "this_card"]
 
 ROUTES = ("fused", "layer")
 FOLDER = Path(__file__).parent.parent / "choices"
@@ -55,18 +57,37 @@ def bucket(op: str, dtype: torch.dtype, rows: int, weight: Tensor | torch.Size) 
     return f"{op}/{str(dtype)[6:]}/rows-4^{powers[0]}/weights-4^{powers[1]}"
 
 
+def cards() -> list[str]:
+    """Names of the devices that were measured."""
+    return [json.loads(path.read_text())["card"] for path in sorted(FOLDER.glob("*.json"))]
+
+
 @cache
-def choices(card: str) -> dict[str, str]:
-    """Bucket -> route, as measured on a card; empty where nobody measured."""
+def table(card: str) -> dict[str, dict]:
+    """What was measured on a device: bucket -> {"route", "ratio": the other route's time over its
+    own, ...}; empty where nobody measured."""
     path = FOLDER / f"{card.replace(' ', '-')}.json"
     if not path.is_file():
         return {}
-    return {key: row["route"] for key, row in json.loads(path.read_text())["buckets"].items()}
+    content = json.loads(path.read_text())
+    if content.get("format") != 1:
+        raise ValueError(
+            f"ops.route: {path} has format {content.get('format')!r}, but this version reads 1; "
+            "measure again with 'sparse-cocktail bench masked --save-choices'"
+        )
+    return content["buckets"]
 
 
 @cache
 def _card(index: int) -> str:
     return torch.cuda.get_device_name(index)
+
+
+def this_card() -> str:
+    """The key of this machine's table: its GPU, or the instruction set of its CPU."""
+    if torch.cuda.is_available():
+        return _card(torch.cuda.current_device())
+    return f"cpu-{cpu_level() or 'torch'}"
 
 
 def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
@@ -76,7 +97,8 @@ def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
     if x.device.type != "cuda":
         return "layer"
     device = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    return choices(_card(device)).get(bucket(op, x.dtype, rows, weight), "layer")
+    row = table(_card(device)).get(bucket(op, x.dtype, rows, weight))
+    return "layer" if row is None else row["route"]
 
 
 def routed(op: str, fused: Callable | None, layer: Callable) -> Callable | None:
