@@ -14,15 +14,17 @@ VENV := .venv
 EXTENSION := sparse_cocktail/_C.abi3.so
 SOURCES := $(wildcard csrc/*/*)
 TORCH := torch==2.13.0
-TOOLS := pytest pytest-benchmark hypothesis ruff scikit-image transformers accelerate \
-	pytorch-lightning
+TOOLS := pytest pytest-xdist pytest-benchmark hypothesis ruff scikit-image transformers \
+	accelerate pytorch-lightning
 BESIDE_TORCH := torchvision timm
 
 ifeq ($(SYSTEM_TORCH),1)
 PY := $(PYTHON)
 SET_UP :=
 TESTERS :=
+PARALLEL :=
 else
+PARALLEL := -n 2 --dist loadfile
 PY := $(VENV)/bin/python
 SET_UP := $(VENV)/.set-up
 TESTERS := $(VENV)/.testers
@@ -39,8 +41,8 @@ help:  ## list the targets (the default)
 demo: $(EXTENSION)  ## co-train on digits; DEMO_ARGS="--epochs 1 --stages 2" OUT=folder
 	$(PY) -m sparse_cocktail.cli train --recipe digits --out "$(or $(OUT),runs/digits)" --overwrite $(DEMO_ARGS)
 
-test: $(EXTENSION) $(TESTERS)  ## run the test suite; TEST_ARGS="-k masks"
-	$(PY) -m pytest $(TEST_ARGS)
+test: $(EXTENSION) $(TESTERS)  ## run the test suite; TEST_ARGS="-k masks -n 0"
+	$(PY) -m pytest $(PARALLEL) $(TEST_ARGS)
 
 bench: $(EXTENSION)  ## time the mask ops on this CPU; BENCH_ARGS="--cases resnet50 --threads 1"
 	$(PY) -m sparse_cocktail.cli bench masks $(if $(OUT),--out "$(OUT)") $(BENCH_ARGS)

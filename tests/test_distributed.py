@@ -220,11 +220,16 @@ def joint_batch(folder: Path, rank: int, batch_size: int = 16) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory) -> Path:
-    """A folder with what two processes leave that go through several runs."""
+    """A folder with what the processes leave that go through several runs; a signal ends the last.
+
+    The processes check themselves that no thread of their group outlives it.
+    """
     folder = tmp_path_factory.mktemp("distributed")
-    workers = ("whole", "joint_batch", "perturbed")
-    for status, text in finish(start({worker: folder / worker for worker in workers})):
-        assert status == 0, text
+    workers = ("whole", "joint_batch", "perturbed", "stopped")
+    ended = finish(start({worker: folder / worker for worker in workers}))
+    for rank, (status, text) in enumerate(ended):
+        assert status == 128 + signal.SIGTERM, text
+        (folder / "stopped" / f"rank-{rank}.txt").write_text(text)
     return folder
 
 
@@ -261,9 +266,9 @@ def test_masks_that_differ_stop_the_run(done):
 
 
 def test_a_signal_to_one_rank_stops_all_and_resume_is_bit_exact(done, tmp_path):
-    again, lost = tmp_path / "again", tmp_path / "lost"
-    for status, text in finish(start({"stopped": again})):
-        assert status == 128 + signal.SIGTERM, text
+    again, lost = done / "stopped", tmp_path / "lost"
+    for rank in RANKS:
+        text = (again / f"rank-{rank}.txt").read_text()
         assert "stopped by SIGTERM at step 2 of stage 3; go on with: sparse-cocktail" in text
     assert position(again) == (3, 2)
     children = start({"resumed": again, "dying": lost})
@@ -327,9 +332,14 @@ def test_torchrun(tmp_path):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with process_group("cpu") as own_rank:
-        for worker, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
-            globals()[worker](Path(folder), own_rank)
+    stop = 0
+    try:
+        with process_group("cpu") as own_rank:
+            for worker, folder in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+                globals()[worker](Path(folder), own_rank)
+    except SystemExit as end:
+        stop = end.code
     names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
     if any("gloo" in name for name in names):  # one that wakes while Python ends aborts the process
         raise SystemExit(f"threads outlive their process group: {names}")
+    raise SystemExit(stop)

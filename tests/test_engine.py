@@ -210,21 +210,35 @@ def crash_before(monkeypatch, stage: int, step: int):
     return lambda: monkeypatch.setattr(Stepper, "step", original)
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """`undisturbed(fields)`: the folder of a run of these fields that nothing stops."""
+    folders = {}
+
+    def folder_of(fields: dict) -> Path:
+        key = json.dumps(fields)
+        if key not in folders:
+            folders[key] = tmp_path_factory.mktemp("undisturbed")
+            run(folders[key], **fields)
+        return folders[key]
+
+    return folder_of
+
+
 # 224 samples make 3 steps an epoch: stages of 6 steps here, checkpoints inside and at epoch ends
 @pytest.mark.parametrize("every", [2, 3])
 @pytest.mark.parametrize("stage, step", [(0, 4), (1, 1), (2, 5), (3, 4)])
-def test_resume_is_bit_exact(tmp_path, monkeypatch, stage, step, every):
+def test_resume_is_bit_exact(undisturbed, tmp_path, monkeypatch, stage, step, every):
     fields = {"checkpoint_every": every, "epochs": 2, "log_every": 2}
-    run(tmp_path / "whole", **fields)
+    whole = undisturbed(fields)
     undo = crash_before(monkeypatch, stage, step)
     with pytest.raises(Stop):
         run(tmp_path / "broken", **fields)
     undo()
     resumed = run(tmp_path / "broken", resume=True, **fields)
-    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
-    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert resumed["subnets"] == whole["subnets"]
-    lines = [(tmp_path / n / "log.jsonl").read_text().splitlines() for n in ("whole", "broken")]
+    assert same(weights(whole), weights(tmp_path / "broken"))
+    assert resumed["subnets"] == json.loads((whole / "results.json").read_text())["subnets"]
+    lines = [(f / "log.jsonl").read_text().splitlines() for f in (whole, tmp_path / "broken")]
     losses = [[json.loads(x) for x in each if '"train"' in x] for each in lines]
     assert losses[0] == losses[1]  # no line twice, none missing
 

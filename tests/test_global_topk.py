@@ -5,6 +5,7 @@ would set. Starting them costs most of the time, so four start once and do all c
 four together, and groups of two and three of them, whose ranks differ from the global ones.
 """
 
+import itertools
 import json
 import math
 import os
@@ -99,17 +100,17 @@ def wrong(name, seed, rank, world, group):
         weights = [torch.nn.Parameter(w) for w in weights]
     # small chunks: many pieces per weight, and a row that is cut too
     global_selection.CHUNK = {"cpu": 64} if name == "small_chunks" else CHUNK
-    total = sum(w.numel() for w in weights)
+    # Every call is several exchanges: each count is called one way in each of the three groups,
+    # each time another one of the four. So values and group meet all four ways and all counts, and
+    # a count of these values meets both placements, with bits and without.
+    ways = list(itertools.product((replicated, sharded), (None, within)))
     found = []
-    for eligible in (None, within):
-        # half of the counts for either, in turn: every call is several exchanges
-        for keep in counts(total)[(seed + seed // 4 + (eligible is None)) % 2 :: 2]:
-            where = f"keep={keep} within={eligible is not None}"
-            for placement in (replicated, sharded):
-                got, expected = placement(weights, keep, eligible, rank, world, group)
-                same = len(got) == len(expected) and all(map(torch.equal, got, expected))
-                if not same or any(bits.requires_grad for bits in got):
-                    found.append(f"{where} {placement.__name__}")
+    for number, keep in enumerate(counts(sum(w.numel() for w in weights))):
+        placement, eligible = ways[(number + seed + world) % 4]
+        got, expected = placement(weights, keep, eligible, rank, world, group)
+        same = len(got) == len(expected) and all(map(torch.equal, got, expected))
+        if not same or any(bits.requires_grad for bits in got):
+            found.append(f"keep={keep} within={eligible is not None} {placement.__name__}")
     return found
 
 

@@ -69,7 +69,9 @@ def test_masked_weight_is_where_and_cast(backend, device, layout, dtype):
 
 @each_weight_backend
 def test_masked_weight_on_any_thread_count(backend, device, threads):
-    weight = torch.randn(257, 300, 3, 3, device=device)
+    # interpreted kernels have no threads: a count still must not reach them
+    rows = 31 if backend == "triton" and device.type == "cpu" else 257
+    weight = torch.randn(rows, 300, 3, 3, device=device)
     mask, bits = masked_of(weight.shape, device)
     for count in (1, 2, 5):
         threads(count)
@@ -93,8 +95,10 @@ def test_masked_weight_gradient(backend, device, dtype):
 
 @each_weight_backend
 def test_masked_weights_gradient(backend, device):
-    weights = [double(3, 5, device=device), double(2, 3, 2, 2, device=device)]
-    bits = [masked_of(w.shape, device)[1] for w in weights]
+    # few elements: every one is moved alone, twice, which is a hundred calls of the kernels
+    weights = [double(3, 2, device=device), double(1, 3, 2, 1, device=device)]
+    masks, bits = zip(*(masked_of(w.shape, device) for w in weights), strict=True)
+    assert all(mask.any() and not mask.all() for mask in masks)
 
     def both(*values):
         return tuple(ops.masked_weights(values, bits))
