@@ -7,6 +7,9 @@
     select.py   the small kernels after it that make the top-k exact
     channels.py scores of channels and blocks, choice of channels
     simple.py   pack, unpack, count, N:M alone, masked weights
+    masked_tiles.py   of the masked products: tile sizes, words of bits to registers, geometry
+    masked_linear.py  masked matrix product and its two gradients
+    masked_conv.py    the same as convolution, and without tensor cores for groups of few channels
     launch.py   the order in which the kernels of one selection run
 
 Nothing here is imported before a Triton op is called.

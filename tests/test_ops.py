@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sparse_cocktail import ops
 
@@ -61,26 +62,30 @@ def _linear_weight_grad_samples():
     yield weight_of(3, 4, dtype=half), weight_of(3, 5, dtype=half), weight_of(4, 5), bits, rows, 0
 
 
+PLAIN = [1, 1, 0, 0, 1, 1, 1]  # stride, padding, dilation, groups
+PADDED = [1, 1, 1, 1, 1, 1, 1]
+
+
 def _conv_samples():
-    one, two, none = [1, 1], [2, 1], [0, 0]
     x, weight, bits = weight_of(2, 4, 6, 7), weight_of(6, 4, 3, 3), bits_of(6, 4, 3, 3)
-    yield x, weight, bits, None, None, one, none, one, 1, False
-    yield x, weight, bits, weight_of(6), None, two, [1, 2], [1, 2], 1, True
-    yield x, weight_of(6, 2, 3, 3), bits_of(6, 2, 3, 3), None, None, one, one, one, 2, False
+    yield x, weight, bits, None, None, PLAIN, False
+    yield x, weight, bits, weight_of(6), None, [2, 1, 1, 2, 1, 2, 1], True
+    yield x, weight_of(6, 2, 3, 3), bits_of(6, 2, 3, 3), None, None, [*PADDED[:-1], 2], False
     last = channels_last(x), channels_last(weight)
-    yield *last, bits, weight_of(6), None, one, one, one, 1, False
+    yield *last, bits, weight_of(6), None, PADDED, False
     half = weight_of(2, 4, 6, 7, dtype=torch.bfloat16)
-    yield half, channels_last(weight), bits, weight_of(6), None, one, one, one, 1, False
+    yield half, channels_last(weight), bits, weight_of(6), None, PADDED, False
     live, rows = rows_and_bits(6, 4, 3, 3)
-    yield x, weight, live, weight_of(6), rows, two, one, one, 1, False
-    yield *last, live, None, rows, one, one, one, 1, False
+    yield x, weight, live, weight_of(6), rows, [2, *PADDED[1:]], False
+    yield *last, live, None, rows, PADDED, False
 
 
 def _conv_grad_samples():
     """A gradient of the output before the arguments that the layer had."""
-    for x, weight, bits, _, rows, *geometry, dense_grad in _conv_samples():
-        y = torch.nn.functional.conv2d(x, weight.to(x.dtype), None, *geometry)
-        yield torch.randn_like(y).requires_grad_(), x, weight, bits, rows, *geometry, dense_grad
+    for x, weight, bits, _, rows, geometry, dense_grad in _conv_samples():
+        stride, padding, dilation, groups = (geometry[i : i + 2] for i in (0, 2, 4, 6))
+        y = F.conv2d(x, weight.to(x.dtype), None, stride, padding, dilation, *groups)
+        yield torch.randn_like(y).requires_grad_(), x, weight, bits, rows, geometry, dense_grad
 
 
 def _weight_samples():

@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _library = torch.library.Library("sparse_cocktail", "DEF")
 _implementations: dict[str, dict[str, Callable]] = {}
+_kernels: dict[str, Callable] = {}  # the chooser of each op
 _forced: str | None = None  # one for all threads: a backward pass on CUDA runs in another thread
 
 
@@ -132,6 +133,13 @@ def chosen(op: str, device: torch.device) -> str:
     return next((b for b in _PREFERRED.get(device.type, ()) if b in table), "reference")
 
 
+def inside(op: str) -> Callable:
+    """An op as other ops call it in their implementations: without checks, and without a second way
+    through PyTorch's dispatcher, where nothing is left to do there."""
+    table = _implementations[op]
+    return lambda *args: table[chosen(op, _device(args))](*args)
+
+
 def lazy_triton(module: str, name: str) -> Callable | None:
     """A function of sparse_cocktail/ops that is imported, with Triton, at its first call."""
     if importlib.util.find_spec("triton") is None:
@@ -194,15 +202,50 @@ def define(
         check(*args)
         return fake(*args)
 
+    _kernels[op] = kernel
     _library.impl(op, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_cocktail::{op}", checked_fake, lib=_library)
     return getattr(torch.ops.sparse_cocktail, op).default
 
 
-def gradient(op: str, backward: Callable, setup_context: Callable) -> None:
-    """Attach a gradient to an op defined here."""
+def gradient(op: str, backward: Callable, setup_context: Callable) -> Callable:
+    """Attach a gradient to an op defined here.
+
+    Returns:
+        The callable op. In plain eager mode it takes a shortcut with the same formulas: of the
+        three ways through PyTorch's dispatcher, each with all arguments converted, one is left.
+    """
     torch.library.register_autograd(
         f"sparse_cocktail::{op}", backward, setup_context=setup_context, lib=_library
+    )
+    overload, kernel = getattr(torch.ops.sparse_cocktail, op).default, _kernels[op]
+
+    def forward(ctx, *args):
+        result = kernel(*args)
+        setup_context(ctx, args, result)
+        return result
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function = type(op, (torch.autograd.Function,), methods)
+
+    def call(*args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not _plain(tensors):
+            return overload(*args)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return function.apply(*args)
+        return kernel(*args)
+
+    return call
+
+
+def _plain(tensors: list[Tensor]) -> bool:
+    """Whether nobody looks at ops but autograd: no compiler, mode, transform or tensor subclass."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._are_functorch_transforms_active()
+        and all(type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )
 
 

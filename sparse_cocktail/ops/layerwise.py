@@ -12,16 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import convolution_grad
-from .masked import masked_weight, masked_weight_
+from . import masked  # noqa: F401 - it defines the ops
+from .dispatch import inside
 
-__all__ = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad"]
-__all__ += ["linear", "linear_input_grad", "linear_weight_grad"]
+__all__ = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "is_channels_last"]
+__all__ += ["linear", "linear_input_grad", "linear_weight_grad", "unpacked"]
+
+
+_masked_weight = inside("masked_weight")
+_masked_weight_ = inside("masked_weight_")
 
 
 # ---- rows ----------------------------------------------------------------------------------------
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
+def is_channels_last(tensor: Tensor) -> bool:
     """By its strides, which tell even where both formats lie in memory alike."""
     if tensor.dim() != 4:
         return False
@@ -31,7 +36,7 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 def _in_memory_order(tensor: Tensor, dim: int) -> tuple[Tensor, int]:
     """The tensor as it lies in memory, and where that dimension is then."""
-    if not _is_channels_last(tensor):
+    if not is_channels_last(tensor):
         return tensor, dim % tensor.dim()
     return tensor.permute(0, 2, 3, 1), (0, 3, 1, 2)[dim]
 
@@ -51,7 +56,7 @@ def _spread(
     """The output whose live rows are `part`; pruned outputs give their bias, or zero."""
     if rows is None:
         return part
-    if _is_channels_last(x) or _is_channels_last(weight):  # a single row would not tell
+    if is_channels_last(x) or is_channels_last(weight):  # a single row would not tell
         part = part.contiguous(memory_format=torch.channels_last)
     ordered, place = _in_memory_order(part, dim)
     shape = list(ordered.shape)
@@ -66,7 +71,7 @@ def _spread(
 
 
 def _live_weight(weight: Tensor, bits: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return masked_weight(_take(weight, rows), _take(bits, rows), dtype)
+    return _masked_weight(_take(weight, rows), _take(bits, rows), dtype)
 
 
 def _weight_grad(
@@ -75,10 +80,13 @@ def _weight_grad(
     """From the gradient of the live rows that of the weight, in its dtype and strides."""
     part = part.to(weight.dtype)
     if not dense_grad:
-        masked_weight_(part, _take(bits, rows))
+        _masked_weight_(part, _take(bits, rows))
     if rows is not None:
         return torch.zeros_like(weight).index_copy_(0, rows, part)
-    return part if part.stride() == weight.stride() else torch.empty_like(weight).copy_(part)
+    places = zip(part.shape, part.stride(), weight.stride(), strict=True)
+    if all(mine == theirs for size, mine, theirs in places if size != 1):
+        return part.as_strided(part.shape, weight.stride())  # of 1x1 kernels some strides are free
+    return torch.empty_like(weight).copy_(part)
 
 
 # ---- linear --------------------------------------------------------------------------------------
@@ -104,32 +112,34 @@ def linear_weight_grad(grad, x, weight, bits, rows, dense_grad) -> Tensor:
 # ---- convolution ---------------------------------------------------------------------------------
 
 
-def _usable(rows: Tensor | None, groups: int) -> Tensor | None:
+def unpacked(geometry: list[int]) -> tuple[list[int], list[int], list[int], int]:
+    """stride, padding, dilation and groups of a convolution. Ops take them as one list of 7 ints:
+    every argument costs microseconds on its way through PyTorch's dispatcher."""
+    return geometry[0:2], geometry[2:4], geometry[4:6], geometry[6]
+
+
+def _usable(rows: Tensor | None, geometry: list[int]) -> Tensor | None:
     """Groups own their outputs, and PyTorch has no convolution without outputs."""
-    return rows if rows is not None and groups == 1 and len(rows) else None
+    return rows if rows is not None and geometry[6] == 1 and len(rows) else None
 
 
-def conv2d(x, weight, bits, bias, rows, stride, padding, dilation, groups, dense_grad) -> Tensor:
-    rows = _usable(rows, groups)
+def conv2d(x, weight, bits, bias, rows, geometry, dense_grad) -> Tensor:
+    rows = _usable(rows, geometry)
     bias = None if bias is None else bias.to(x.dtype)
     live = _live_weight(weight, bits, rows, x.dtype)
-    part = F.conv2d(x, live, _take(bias, rows), stride, padding, dilation, groups)
+    part = F.conv2d(x, live, _take(bias, rows), *unpacked(geometry))
     return _spread(part, rows, 1, bias, x, weight)
 
 
-def conv2d_input_grad(grad, x, weight, bits, rows, stride, padding, dilation, groups) -> Tensor:
-    rows = _usable(rows, groups)
+def conv2d_input_grad(grad, x, weight, bits, rows, geometry) -> Tensor:
+    rows = _usable(rows, geometry)
     live = _live_weight(weight, bits, rows, grad.dtype)
-    geometry = stride, padding, dilation, groups
-    return convolution_grad(0, _take(grad, rows, 1), x, live, *geometry)
+    return convolution_grad(0, _take(grad, rows, 1), x, live, *unpacked(geometry))
 
 
-def conv2d_weight_grad(
-    grad, x, weight, bits, rows, stride, padding, dilation, groups, dense_grad
-) -> Tensor:
-    rows = None if dense_grad else _usable(rows, groups)
+def conv2d_weight_grad(grad, x, weight, bits, rows, geometry, dense_grad) -> Tensor:
+    rows = None if dense_grad else _usable(rows, geometry)
     # the values of the weight do not matter here, but its shape and memory format do
     like = torch.empty_like(_take(weight.detach(), rows), dtype=x.dtype)
-    geometry = stride, padding, dilation, groups
-    part = convolution_grad(1, _take(grad, rows, 1), x, like, *geometry)
+    part = convolution_grad(1, _take(grad, rows, 1), x, like, *unpacked(geometry))
     return _weight_grad(part, weight, bits, rows, dense_grad)

@@ -35,6 +35,15 @@ def _check_masked_weight(weight, bits, dtype=None) -> None:
     check_device("masked_weight", bits, weight, "bits")
 
 
+def _masked_weight_cpp(weight, bits, dtype=None) -> Tensor:
+    result = torch.empty_like(weight, dtype=dtype)
+    known = dtype is None or dtype == weight.dtype or (weight.dtype, dtype) in _CASTS
+    if known and strided(weight) is weight and result.stride() == weight.stride():
+        _cpp.masked_weights_into([weight], [bits.contiguous()], [result])
+        return result
+    return _masked_weights_cpp([weight], [bits], dtype)[0]
+
+
 def _masked_weights_cpp(weights, bits, dtype=None, dense_grad=False) -> list[Tensor]:
     if not weights:
         return []
@@ -57,11 +66,11 @@ def _masked_weights_cpp(weights, bits, dtype=None, dense_grad=False) -> list[Ten
 _CASTS = {(torch.float32, torch.bfloat16), (torch.float32, torch.float16)}  # made on the way
 
 
-_weight = define(
+define(
     "masked_weight(Tensor weight, Tensor bits, ScalarType? dtype=None) -> Tensor",
     triton=lazy_triton("triton_masks", "masked_weight"),
     reference=reference.masked_weight,
-    cpp=lambda weight, bits, dtype=None: _masked_weights_cpp([weight], [bits], dtype)[0],
+    cpp=_masked_weight_cpp,
     fake=lambda weight, bits, dtype=None: torch.empty_like(weight, dtype=dtype),
     check=_check_masked_weight,
 )
@@ -201,5 +210,5 @@ def saved_bits(ctx, op: str) -> tuple[Tensor, ...]:
     return saved
 
 
-gradient("masked_weight", _weight_backward, _save_weight)
+_weight = gradient("masked_weight", _weight_backward, _save_weight)
 gradient("masked_weights", _weights_backward, _save_weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,19 +10,17 @@ from torch import Tensor
 
 from .. import reference
 from . import layerwise
-from .dispatch import define, gradient, lazy_triton
+from .dispatch import define, gradient
+from .layerwise import is_channels_last, unpacked
 from .masked import save_bits, saved_bits
-from .masked_linear import autocast_input, check_layer, check_rows
+from .masked_linear import autocast_input, check_layer, check_rows, fused, unchecked
 from .routes import routed
 
 __all__ = ["masked_conv2d"]
 
 
-def _fused(name: str):
-    return lazy_triton("triton_masked", name)
-
-
-def _check_conv(x, weight, bits, bias, rows, stride, padding, dilation, groups, dense_grad) -> None:
+def _check_conv(x, weight, bits, bias, rows, geometry, dense_grad) -> None:
+    groups = geometry[6]
     check_layer("masked_conv2d", x, weight, bits, bias)
     check_rows("masked_conv2d", rows, weight)
     if weight.dim() != 4 or x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
@@ -33,69 +31,91 @@ def _check_conv(x, weight, bits, bias, rows, stride, padding, dilation, groups, 
         )
 
 
-def _check_grad(op: str, grad: Tensor, x: Tensor, weight: Tensor, bits: Tensor, rows, groups):
-    check_layer(op, grad, weight, bits, None)
-    check_rows(op, rows, weight)
-    if weight.dim() != 4 or grad.dim() != 4 or grad.shape[1] != weight.shape[0]:
-        raise ValueError(
-            f"{op}: grad has shape {tuple(grad.shape)} and weight {tuple(weight.shape)}; the "
-            "weight must be (out, in / groups, kh, kw) and grad (batch, out, height, width)"
-        )
-    if x.dim() != 4 or x.shape[1] != weight.shape[1] * groups:
-        raise ValueError(
-            f"{op}: x has shape {tuple(x.shape)}, weight {tuple(weight.shape)}, groups={groups}; x "
-            "must be (batch, in, height, width)"
-        )
-
-
-def _conv_fake(x, weight, bits, bias, rows, stride, padding, dilation, groups, dense_grad):
+def _conv_fake(x, weight, bits, bias, rows, geometry, dense_grad):
     like = torch.empty_like(weight, dtype=x.dtype)
-    return F.conv2d(x, like, None, stride, padding, dilation, groups)
+    return F.conv2d(x, like, None, *unpacked(geometry))
 
 
-def _input_grad_fake(grad, x, weight, bits, rows, *geometry):
+def _input_grad_fake(grad, x, weight, bits, rows, geometry):
     like = torch.empty_like(weight, dtype=grad.dtype)
-    return reference.convolution_grad(0, grad, x, like, *geometry)
+    return reference.convolution_grad(0, grad, x, like, *unpacked(geometry))
 
 
-_GEOMETRY = "SymInt[] stride, SymInt[] padding, SymInt[] dilation, int groups"
+_fused_conv = fused(
+    "conv2d",
+    lambda x, weight, bits, bias, rows, geometry, _: (x, weight, bits, bias, *unpacked(geometry)),
+)
+_fused_input_grad = fused(
+    "conv2d_input_grad",
+    lambda grad, x, weight, bits, rows, geometry: (
+        grad,
+        weight,
+        bits,
+        x.shape,
+        *unpacked(geometry),
+        grad.dtype,
+    ),  # fmt: skip
+)
+_fused_weight_grad = fused(
+    "conv2d_weight_grad",
+    lambda grad, x, weight, bits, rows, geometry, dense_grad: (
+        grad,
+        x,
+        weight,
+        bits,
+        *unpacked(geometry),
+        dense_grad,
+    ),  # fmt: skip
+)
 
-_conv = define(
+
+def _in_format(function: Callable | None) -> Callable | None:
+    """The fused kernels give channels_last, PyTorch's convolutions only from such x or weights."""
+    if function is None:
+        return None
+
+    def call(*args):
+        tensors = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+        result = function(*args)
+        return result if any(map(is_channels_last, tensors)) else result.contiguous()
+
+    return call
+
+
+define(
     "masked_conv2d(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? rows, "
-    f"{_GEOMETRY}, bool dense_grad) -> Tensor",
-    reference=lambda x, weight, bits, bias, rows, *rest: reference.masked_conv2d(
-        x, weight, bits, bias, *rest[:-1]
+    "int[] geometry, bool dense_grad) -> Tensor",
+    reference=lambda x, weight, bits, bias, rows, geometry, dense_grad: reference.masked_conv2d(
+        x, weight, bits, bias, *unpacked(geometry)
     ),
     cpp=layerwise.conv2d,
-    triton=routed("conv2d", _fused("conv2d"), layerwise.conv2d),
+    triton=routed("conv2d", _in_format(_fused_conv), layerwise.conv2d),
     fake=_conv_fake,
     check=_check_conv,
 )
-_input_grad = define(
+define(
     "masked_conv2d_input_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor? rows, "
-    f"{_GEOMETRY}) -> Tensor",
-    reference=lambda grad, x, weight, bits, rows, *geometry: reference.masked_conv2d_input_grad(
-        grad, x, weight, bits, *geometry
+    "int[] geometry) -> Tensor",
+    reference=lambda grad, x, weight, bits, rows, geometry: reference.masked_conv2d_input_grad(
+        grad, x, weight, bits, *unpacked(geometry)
     ),
     cpp=layerwise.conv2d_input_grad,
-    triton=routed("conv2d_input_grad", _fused("conv2d_input_grad"), layerwise.conv2d_input_grad),
+    triton=routed("conv2d_input_grad", _in_format(_fused_input_grad), layerwise.conv2d_input_grad),
     fake=_input_grad_fake,
-    check=lambda grad, x, weight, bits, rows, *geometry: _check_grad(
-        "masked_conv2d_input_grad", grad, x, weight, bits, rows, geometry[-1]
-    ),
+    check=unchecked,
 )
-_weight_grad = define(
+define(
     "masked_conv2d_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor? rows, "
-    f"{_GEOMETRY}, bool dense_grad) -> Tensor",
-    reference=lambda grad, x, weight, bits, rows, *rest: reference.masked_conv2d_weight_grad(
-        grad, x, weight, bits, *rest[:-1], dense_grad=rest[-1]
+    "int[] geometry, bool dense_grad) -> Tensor",
+    reference=lambda grad, x, weight, bits, rows, geometry, dense: (
+        reference.masked_conv2d_weight_grad(
+            grad, x, weight, bits, *unpacked(geometry), dense_grad=dense
+        )
     ),
     cpp=layerwise.conv2d_weight_grad,
-    triton=routed("conv2d_weight_grad", _fused("conv2d_weight_grad"), layerwise.conv2d_weight_grad),
+    triton=routed("conv2d_weight_grad", _fused_weight_grad, layerwise.conv2d_weight_grad),
     fake=lambda grad, x, weight, *rest: torch.empty_like(weight),
-    check=lambda grad, x, weight, bits, rows, *rest: _check_grad(
-        "masked_conv2d_weight_grad", grad, x, weight, bits, rows, rest[-2]
-    ),
+    check=unchecked,
 )
 
 
@@ -103,7 +123,7 @@ _weight_grad = define(
 
 
 def _save_conv(ctx, inputs, output) -> None:
-    x, weight, bits, bias, rows, *ctx.geometry, ctx.dense_grad = inputs
+    x, weight, bits, bias, rows, ctx.geometry, ctx.dense_grad = inputs
     save_bits(ctx, bits, others=(x, weight))
     ctx.rows = rows
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -114,16 +134,16 @@ def _conv_backward(ctx, grad):
     rows = ctx.rows
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _input_grad(grad, x, weight, bits, rows, *ctx.geometry)
+        grad_x = _input_grad(grad, x, weight, bits, rows, ctx.geometry)
     if ctx.needs_input_grad[1]:
-        grad_weight = _weight_grad(grad, x, weight, bits, rows, *ctx.geometry, ctx.dense_grad)
+        grad_weight = _weight_grad(grad, x, weight, bits, rows, ctx.geometry, ctx.dense_grad)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
-    return grad_x, grad_weight, None, grad_bias, *[None] * 6
+    return grad_x, grad_weight, None, grad_bias, None, None, None
 
 
 def _save_input_grad(ctx, inputs, output) -> None:
-    grad, _, weight, bits, rows, *ctx.geometry = inputs
+    grad, _, weight, bits, rows, ctx.geometry = inputs
     save_bits(ctx, bits, others=(grad, weight))
     ctx.rows = rows
 
@@ -133,14 +153,14 @@ def _input_grad_backward(ctx, second):
     rows = ctx.rows
     by_grad = by_weight = None
     if ctx.needs_input_grad[0]:
-        by_grad = _conv(second, weight, bits, None, rows, *ctx.geometry, False)
+        by_grad = _conv(second, weight, bits, None, rows, ctx.geometry, False)
     if ctx.needs_input_grad[2]:
-        by_weight = _weight_grad(grad, second, weight, bits, rows, *ctx.geometry, False)
-    return by_grad, None, by_weight, *[None] * 6
+        by_weight = _weight_grad(grad, second, weight, bits, rows, ctx.geometry, False)
+    return by_grad, None, by_weight, None, None, None
 
 
 def _save_weight_grad(ctx, inputs, output) -> None:
-    grad, x, _, bits, rows, *ctx.geometry, ctx.dense_grad = inputs
+    grad, x, _, bits, rows, ctx.geometry, ctx.dense_grad = inputs
     save_bits(ctx, bits, others=(grad, x))
     ctx.rows = rows
 
@@ -151,30 +171,32 @@ def _weight_grad_backward(ctx, second):
     by_grad = by_x = None
     if ctx.dense_grad:
         dense = second.to(x.dtype)
-        by_grad = F.conv2d(x, dense, None, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        by_grad = (
+            F.conv2d(x, dense, None, *unpacked(ctx.geometry)) if ctx.needs_input_grad[0] else None
+        )
         if ctx.needs_input_grad[1]:
-            by_x = reference.convolution_grad(0, grad, x, dense, *ctx.geometry)
+            by_x = reference.convolution_grad(0, grad, x, dense, *unpacked(ctx.geometry))
     else:
         if ctx.needs_input_grad[0]:
-            by_grad = _conv(x, second, bits, None, rows, *ctx.geometry, False)
+            by_grad = _conv(x, second, bits, None, rows, ctx.geometry, False)
         if ctx.needs_input_grad[1]:
-            by_x = _input_grad(grad, x, second, bits, rows, *ctx.geometry)
-    return by_grad, by_x, *[None] * 8
+            by_x = _input_grad(grad, x, second, bits, rows, ctx.geometry)
+    return by_grad, by_x, None, None, None, None, None
 
 
-gradient("masked_conv2d", _conv_backward, _save_conv)
-gradient("masked_conv2d_input_grad", _input_grad_backward, _save_input_grad)
-gradient("masked_conv2d_weight_grad", _weight_grad_backward, _save_weight_grad)
+_conv = gradient("masked_conv2d", _conv_backward, _save_conv)
+_input_grad = gradient("masked_conv2d_input_grad", _input_grad_backward, _save_input_grad)
+_weight_grad = gradient("masked_conv2d_weight_grad", _weight_grad_backward, _save_weight_grad)
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else value
+def _pair(name: str, value: int | Sequence[int]) -> Sequence[int]:
+    pair = (value, value) if isinstance(value, int) else value
     if isinstance(pair, str) or len(pair) != 2:
         raise ValueError(
             f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d "
             "also takes padding='same' and other padding modes"
         )
-    return list(pair)
+    return pair
 
 
 def masked_conv2d(
@@ -213,10 +235,12 @@ def masked_conv2d(
         bits,
         bias,
         rows,
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
-        groups,
+        [
+            *_pair("stride", stride),
+            *_pair("padding", padding),
+            *_pair("dilation", dilation),
+            groups,
+        ],
         dense_grad,
     )
     return result if x.dim() != 3 else result.squeeze(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,7 +15,14 @@ from .dispatch import check_bits, check_device, check_weight, define, gradient, 
 from .masked import save_bits, saved_bits
 from .routes import routed
 
-__all__ = ["autocast_dtype", "autocast_input", "check_layer", "check_rows", "masked_linear"]
+__all__ = [
+    "unchecked",
+    "autocast_dtype",
+    "autocast_input",
+    "check_layer",
+    "check_rows",
+    "masked_linear",
+]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -53,11 +62,17 @@ def check_rows(op: str, rows: Tensor | None, weight: Tensor) -> None:
     check_device(op, rows, weight, "rows")
 
 
+def unchecked(*args) -> None:
+    """Gradients get what their layer got, which was checked."""
+
+
 # ---- the ops -------------------------------------------------------------------------------------
 
 
-def _fused(name: str):
-    return lazy_triton("triton_masked", name)
+def fused(name: str, arguments: Callable) -> Callable | None:
+    """A function of the fused kernels. `arguments` picks its own from those of the op."""
+    function = lazy_triton("triton_masked", name)
+    return None if function is None else lambda *args: function(*arguments(*args))
 
 
 def _check_linear(x, weight, bits, bias, rows, dense_grad) -> None:
@@ -70,51 +85,47 @@ def _check_linear(x, weight, bits, bias, rows, dense_grad) -> None:
         )
 
 
-def _check_grad(op: str, grad: Tensor, weight: Tensor, bits: Tensor, rows: Tensor | None) -> None:
-    check_layer(op, grad, weight, bits, None)
-    check_rows(op, rows, weight)
-    if weight.dim() != 2 or grad.dim() < 1 or grad.shape[-1] != weight.shape[0]:
-        raise ValueError(
-            f"{op}: grad has shape {tuple(grad.shape)} and weight {tuple(weight.shape)}; the "
-            "weight must be (out, in) and grad must end in `out`"
-        )
-
-
-_linear = define(
+define(
     "masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias, Tensor? rows, "
     "bool dense_grad) -> Tensor",
     reference=lambda x, weight, bits, bias, rows, dense_grad: reference.masked_linear(
         x, weight, bits, bias
     ),
     cpp=layerwise.linear,
-    triton=routed("linear", _fused("linear"), layerwise.linear),
+    triton=routed("linear", fused("linear", lambda *args: args[:4]), layerwise.linear),
     fake=lambda x, weight, bits, bias, rows, dense_grad: x.new_empty(
         (*x.shape[:-1], weight.shape[0])
     ),
     check=_check_linear,
 )
-_input_grad = define(
+define(
     "masked_linear_input_grad(Tensor grad, Tensor weight, Tensor bits, Tensor? rows) -> Tensor",
     reference=lambda grad, weight, bits, rows: reference.masked_linear_input_grad(
         grad, weight, bits
     ),
     cpp=layerwise.linear_input_grad,
-    triton=routed("linear_input_grad", _fused("linear_input_grad"), layerwise.linear_input_grad),
+    triton=routed(
+        "linear_input_grad",
+        fused("linear_input_grad", lambda grad, weight, bits, _: (grad, weight, bits, grad.dtype)),
+        layerwise.linear_input_grad,
+    ),
     fake=lambda grad, weight, bits, rows: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
-    check=lambda *args: _check_grad("masked_linear_input_grad", *args),
+    check=unchecked,
 )
-_weight_grad = define(
+define(
     "masked_linear_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits, Tensor? rows, "
     "bool dense_grad) -> Tensor",
     reference=lambda grad, x, weight, bits, rows, dense_grad: reference.masked_linear_weight_grad(
         grad, x, weight, bits, dense_grad
     ),
     cpp=layerwise.linear_weight_grad,
-    triton=routed("linear_weight_grad", _fused("linear_weight_grad"), layerwise.linear_weight_grad),
-    fake=lambda grad, x, weight, bits, rows, dense_grad: torch.empty_like(weight),
-    check=lambda grad, x, weight, bits, rows, dense_grad: _check_grad(
-        "masked_linear_weight_grad", grad, weight, bits, rows
+    triton=routed(
+        "linear_weight_grad",
+        fused("linear_weight_grad", lambda *args: (*args[:4], args[-1])),
+        layerwise.linear_weight_grad,
     ),
+    fake=lambda grad, x, weight, bits, rows, dense_grad: torch.empty_like(weight),
+    check=unchecked,
 )
 
 
@@ -180,9 +191,9 @@ def _weight_grad_backward(ctx, second):
     return by_grad, by_x, None, None, None, None
 
 
-gradient("masked_linear", _linear_backward, _save_linear)
-gradient("masked_linear_input_grad", _input_grad_backward, _save_input_grad)
-gradient("masked_linear_weight_grad", _weight_grad_backward, _save_weight_grad)
+_linear = gradient("masked_linear", _linear_backward, _save_linear)
+_input_grad = gradient("masked_linear_input_grad", _input_grad_backward, _save_input_grad)
+_weight_grad = gradient("masked_linear_weight_grad", _weight_grad_backward, _save_weight_grad)
 
 
 def masked_linear(
