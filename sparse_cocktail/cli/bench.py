@@ -64,23 +64,88 @@ def masks(
     """
     program = _checkout("bench_masks")
     if redraw is not None:
-        files = program.redraw(redraw)
-        console.print(", ".join(map(str, files)), markup=False, highlight=False, soft_wrap=True)
+        _say_files(program.redraw(redraw))
         return
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"bench masks: device={device!r} is not one of cpu, cuda")
-
-    def tell(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    _check_device("masks", device)
     result, files = program.run(
-        out, device, quick, threads, _names(cases), _names(only), pictures, tell, warm
+        out, device, quick, threads, _names(cases), _names(only), pictures, _tell, warm
     )
     output = _checkout("output")
-    tell(output.aligned(output.overview(result["rows"], short=True)))
-    tell(", ".join(map(str, files)))
+    _tell(output.aligned(output.overview(result["rows"], short=True)))
+    _finish(program, result, files)
+
+
+@bench.command()
+def masked(
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results (default: benchmarks/results/masked)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="small layers, few samples")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="threads on the CPU (default: torch's)", min=1)
+    ] = None,
+    cases: Annotated[
+        str,
+        typer.Option(help="of network,resnet50,vit-b16,llama-7b,small (default: all but small)"),
+    ] = "",
+    dtypes: Annotated[
+        list[str] | None,
+        typer.Option("--dtype", help="fp32, bf16 or 'bf16, fp32 weights'; may be given again"),
+    ] = None,
+    passes: Annotated[str, typer.Option(help="forward,train (default: both)")] = "",
+    batch: Annotated[
+        int | None, typer.Option(help="images of convolutions and of the network", min=1)
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="draw a PNG file too")] = True,
+    redraw: Annotated[
+        Path | None, typer.Option(help="only table and picture again, from this JSON")
+    ] = None,
+) -> None:
+    """Time masked linear layers and convolutions, and a training step of a masked network.
+
+    Every result is compared with float64 before it is timed. Times are given in units of the layer
+    without a mask, in the same run. The exit code is 1 when one of ours is wrong.
+    """
+    program = _checkout("bench_masked")
+    if redraw is not None:
+        _say_files(program.redraw(redraw))
+        return
+    _check_device("masked", device)
+    result, files = program.run(
+        out,
+        device,
+        quick,
+        threads,
+        _names(cases),
+        dtypes or (),
+        _names(passes),
+        batch,
+        pictures,
+        _tell,
+    )
+    _tell(program.summary(result))
+    _finish(program, result, files)
+
+
+def _tell(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _say_files(files: list[Path]) -> None:
+    _tell(", ".join(map(str, files)))
+
+
+def _check_device(what: str, device: str) -> None:
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"bench {what}: device={device!r} is not one of cpu, cuda")
+
+
+def _finish(program, result: dict, files: list[Path]) -> None:
+    """Name the files, and what failed: then the exit code is 1."""
+    _say_files(files)
     wrong = program.failures(result)
     for row in wrong:
-        tell(f"FAILED: {row['op']}, {row['case']}, {row['impl']}: {row['note']}")
+        _tell(f"FAILED: {row['op']}, {row['case']}, {row['impl']}: {row['note']}")
     if wrong:
         raise typer.Exit(1)

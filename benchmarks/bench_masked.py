@@ -1,0 +1,324 @@
+"""Masked layers against plain torch with a dense mask, and against the layer without a mask.
+
+    sparse-cocktail bench masked                    the CPU; --device cuda for a GPU
+    python benchmarks/bench_masked.py --quick       the same command, small and short
+
+Every group of rows (a layer and its input, dtypes, forward or forward + backward) has ours as
+dispatched, as a module and by every route, the layer without a mask, and the usual ways to write a
+mask: `w * m` and torch.nn.utils.prune. The group `network` is a training step of a ResNet-50.
+What counts are ratios to the layer without a mask, in one run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.patterns import parse
+
+from groups_masked import OURS, Networks, layer_group, network_group  # isort: skip - neighbours
+from machine import cache_bytes, clocks, describe, result_name  # isort: skip
+from output import aligned, draw_bars, groups, markdown, write  # isort: skip
+from peers_masked import DENSE, PRUNE  # isort: skip
+from shapes import LAYERS, Layer, LayerInputs, layers_of  # isort: skip
+from timing import Plan, broken, measure, runner  # isort: skip
+
+RESULTS = Path(__file__).resolve().parent / "results" / "masked"
+CASES = ("network", *(name for name in LAYERS if name != "small"))
+PATTERN = "unstructured-0.8"  # of layers
+PATTERNS = (PATTERN, "2:4", "channel-0.5")  # of the network
+PASSES = {"forward": False, "train": True}
+DTYPES = {  # (x, weight)
+    "fp32": (torch.float32, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16, fp32 weights": (torch.bfloat16, torch.float32),
+}
+REMARKS = (
+    "Layer shapes of real networks, random values, 80 % of each weight pruned by magnitude; "
+    "convolutions in channels_last. The implementations of a table are timed in turn; on the CPU "
+    "each sample takes other tensors, up to eight sets of them, on a GPU the L2 was overwritten. A "
+    "result is timed when its error against float64 (parts of large layers) is at most twice that "
+    "of plain torch in the same dtypes, and pruned weights get a gradient of exactly zero.",
+    "",
+    "`torch/dense` is the layer without a mask: not a peer but the goal. `w*m`: the faster of a "
+    "bool and a floating-point mask. {memory}",
+)
+MEMORY = {
+    "cpu": "Memory: bytes that a forward keeps for its backward, parameters not counted.",
+    "cuda": "Memory: bytes that a training step needs at its peak, over tensors it was given.",
+}
+
+
+def _known(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"bench masked: {what}={name!r} is unknown; use {', '.join(known)}")
+    return list(given)
+
+
+def default_dtypes(gpu: bool) -> list[str]:
+    """bf16 on a GPU; fp32 on the CPU, and bf16 where its products are instructions."""
+    if gpu:
+        return ["bf16, fp32 weights", "bf16"]
+    return ["fp32", "bf16"] if torch.cpu._is_avx512_bf16_supported() else ["fp32"]
+
+
+class _Run:
+    """What the parts of a run share: the result so far, and where it is written."""
+
+    def __init__(self, place: torch.device, folder: Path, quick: bool, tell: Callable) -> None:
+        self.place, self.quick, self.tell = place, quick, tell
+        self.plan = Plan(seconds=0.5 if place.type == "cpu" else 0.2, many=10, most=40)
+        if quick:
+            self.plan = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
+        self.clock, self.cache = runner(place), 0 if quick else cache_bytes()
+        facts = {**describe(place), "memory": MEMORY[place.type]}
+        self.result = {"format": 1, "bench": "masked", "environment": facts, "ratios": []}
+        self.result["rows"] = []
+        self.path = folder / f"{result_name(place)}.json"
+
+    def add(self, op: str, inputs: Any, make: Callable, extra: dict[str, Any]) -> None:
+        """Measure one group and write what there is."""
+        try:
+            group, memory = make()
+        except Exception as error:  # noqa: BLE001 - such as no memory: the other groups go on
+            self.result["rows"].append({**broken(op, inputs.case.name, error), **extra})
+            return
+        self.tell(f"{inputs.case.name}: {group.op} {group.setting}")
+        rows = measure(group, inputs, self.plan, self.clock)
+        for row in rows:
+            row |= extra
+            row["memory_bytes"] = None
+            if row["ok"] and row["impl"] in memory:
+                row["memory_bytes"] = memory[row["impl"]]()
+        self.result["rows"] += rows
+        self.save()
+
+    def save(self) -> None:
+        self.result["ratios"] = ratios(self.result["rows"])
+        write(self.path, self.result)  # whatever ends the run, this much is there
+
+
+def _layers(run: _Run, network: str, layers: list[Layer], dtypes: list[str], passes) -> None:
+    pattern = parse(PATTERN)
+    for layer in layers:
+        images = f", {layer.input[0]} images" if len(layer.input) == 4 else ""
+        name = f"{network}, {layer.name}{images}"
+        op = "masked_conv2d" if images else "masked_linear"
+        for dtype in dtypes:
+            try:
+                inputs = LayerInputs(layer, run.place, DTYPES[dtype], pattern, run.cache, name)
+            except torch.OutOfMemoryError:
+                run.tell(f"{name}: left out, it does not fit into the memory of this GPU")
+                continue
+            for what in passes:
+                extra = {"network": network, "count": layer.count, "pass": what, "dtype": dtype}
+                extra["rows"] = layer.input[0] if layer.weight[2:] == () else None
+                setting = f"{dtype}, {'forward' if what == 'forward' else 'forward + backward'}"
+
+                def make(inputs=inputs, what=what, setting=setting):
+                    return layer_group(inputs, PASSES[what], setting)
+
+                run.add(op, inputs, make, extra)
+
+
+def _network(run: _Run, batch: int | None, passes: Sequence[str]) -> None:
+    if "train" not in passes:
+        return
+    gpu = run.place.type == "cuda"
+    name, shape = "resnet50", (256, 3, 224, 224) if gpu else (8, 3, 64, 64)
+    if run.quick:
+        name, shape = "resnet8", (4, 3, 16, 16)
+    networks = Networks(name, (batch or shape[0], *shape[1:]), run.place)
+    for pattern in PATTERNS:
+        for whole in (False, True):
+            extra = {"network": name, "count": 1, "pass": "train", "dtype": "", "rows": None}
+            run.add(
+                "network", networks, lambda p=pattern, w=whole: network_group(networks, p, w), extra
+            )
+
+
+def run(
+    out: Path | None = None,
+    device: str = "cpu",
+    quick: bool = False,
+    threads: int | None = None,
+    cases: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+    passes: Sequence[str] = (),
+    batch: int | None = None,
+    pictures: bool = True,
+    tell: Callable[[str], None] = print,
+) -> tuple[dict[str, Any], list[Path]]:
+    """Measure; write NAME.json, NAME.md and a picture into a folder after each group.
+
+    Args:
+        out: folder (default: benchmarks/results/masked). NAME is cpu or that of the GPU.
+        quick: small layers, a small network, few samples.
+        cases: network, resnet50, vit-b16, llama-7b (default: all), small.
+        dtypes: names of DTYPES; passes: forward, train (forward + backward).
+        batch: images of convolutions and of the network.
+
+    Returns:
+        The benchmark's content and the files written.
+    """
+    place = torch.device(device)
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("bench masked: device=cuda, but torch sees no GPU here; use --device cpu")
+    cases = _known("case", cases, (*CASES, "small")) or (["network", "small"] if quick else CASES)
+    dtypes = _known("dtype", dtypes, list(DTYPES)) or default_dtypes(place.type == "cuda")
+    passes = _known("pass", passes, list(PASSES)) or list(PASSES)
+    if threads:
+        torch.set_num_threads(threads)
+    state = _Run(place, out or RESULTS, quick, tell)
+    for case in cases:
+        if case == "network":
+            _network(state, batch, passes)
+        else:
+            layers = layers_of(case, place.type == "cuda", batch)
+            _layers(state, case, layers, list(dtypes), passes)
+        if place.type == "cuda":
+            state.result["environment"]["clocks_end"] = clocks()
+    state.save()
+    return state.result, redraw(state.path, pictures)
+
+
+# ---- ratios --------------------------------------------------------------------------------------
+
+
+def ratios(rows: Sequence[dict]) -> list[dict[str, Any]]:
+    """Per group and mode, times in units of the layer without a mask, and bytes of memory.
+
+    `dense_us` is that unit, `ours` the op (the module in a network), `product` the faster `w*m`.
+    Convolutions of a whole network are added up, as often as it has them.
+    """
+    table = []
+    for (op, case), some in groups(rows).items():
+        for mode in dict.fromkeys(row["mode"] for row in some):
+            found = {r["impl"]: r for r in some if r["mode"] == mode and r["ok"]}
+            table.append(_ratio(op, case, mode, found))
+    return [line for line in [*_totals(rows), *table] if line]
+
+
+def _ratio(op: str, case: str, mode: str, found: dict[str, dict]) -> dict[str, Any] | None:
+    dense, ours = found.get(DENSE), next((found[n] for n in OURS if n in found), None)
+    if not dense or not ours:
+        return None
+    products = [row for name, row in found.items() if name.startswith("torch/w*m")]
+    product = min(products, key=lambda row: row["median_us"], default=None)
+    parts = {"ours": ours, "module": found.get(OURS[1]), "product": product}
+    parts["prune"] = found.get(PRUNE)
+    line = {"op": op, "case": case, "mode": mode, "dense_us": dense["median_us"]}
+    for name, row in parts.items():
+        line[name] = round(row["median_us"] / dense["median_us"], 3) if row else None
+    for name, row in {"dense": dense, **parts}.items():
+        line[f"{name}_bytes"] = row.get("memory_bytes") if row else None
+    return line
+
+
+def _totals(rows: Sequence[dict]) -> list[dict[str, Any] | None]:
+    """A line per network, dtype, pass and mode: the sum over layers of time times count."""
+    keys = ("op", "network", "rows", "dtype", "pass", "mode")
+    sums: dict[tuple, dict[str, list[dict]]] = {}
+    for row in rows:
+        if row["op"] != "network" and row["impl"].startswith(("ours/", "torch/")):
+            key = tuple(row.get(k) for k in keys)
+            sums.setdefault(key, {}).setdefault(row["impl"], []).append(row)
+    lines = []
+    for (op, network, count, dtype, what, mode), impls in sums.items():
+        most = max(map(len, impls.values()))
+        if most < 2:
+            continue
+        found = {}
+        for name, some in impls.items():
+            if len(some) == most and all(row["ok"] for row in some):
+                found[name] = {
+                    "median_us": sum(r["median_us"] * r["count"] for r in some),
+                    "memory_bytes": _sum(r.get("memory_bytes") for r in some),
+                }
+        layers = sum(row["count"] for row in impls.get(DENSE, ()))
+        size = f", {count} rows" if count else ""
+        case = f"{network}, its {layers} layers{size}, {dtype}, {what}"
+        lines.append(_ratio(f"{op}, sum", case, mode, found))
+    return lines
+
+
+def _sum(values) -> int | None:
+    values = list(values)
+    return None if None in values else sum(values)
+
+
+def table_of_ratios(lines: Sequence[dict]) -> list[list[str]]:
+    """Cells of the ratios, headed by a line."""
+    head = ["op", "case", "mode", "dense", "ours", "module", "w*m", "prune", "faster than w*m"]
+    cells = [[*head, "memory: dense", "ours", "w*m"]]
+    for line in lines:
+        values = [line[name] for name in ("ours", "module", "product", "prune")]
+        against = line["product"] or line["prune"]
+        gain = f"{against / line['ours']:.2f}x" if against else ""
+        memory = [line["dense_bytes"], line["ours_bytes"]]
+        memory.append(line["product_bytes"] or line["prune_bytes"])
+        cells.append(
+            [
+                *(line[name] for name in ("op", "case", "mode")),
+                f"{line['dense_us'] / 1e3:.3g} ms",
+                *("" if v is None else f"{v:.2f}x" for v in values),
+                gain,
+                *("" if m is None else f"{m / 2**20:.1f} MB" for m in memory),
+            ]
+        )
+    return cells
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The ratios as text in columns."""
+    return aligned(table_of_ratios(result["ratios"]))
+
+
+def redraw(path: Path, pictures: bool = True) -> list[Path]:
+    """Markdown and a picture beside a benchmark JSON, from its rows alone."""
+    result = read_json(path)
+    facts = result["environment"]
+    title = f"Masked layers on {facts.get('gpu', facts['cpu'])}, {facts['threads']} threads"
+    remarks = [remark.format(memory=facts["memory"]) for remark in REMARKS]
+    remarks += ["", "## In units of the layer without a mask", ""]
+    cells = table_of_ratios(ratios(result["rows"]))
+    cells.insert(1, ["---"] * len(cells[0]))
+    remarks += ["| " + " | ".join(line) + " |" for line in cells]
+    text = markdown(result, title, remarks)
+    table = path.with_suffix(".md")
+    write_atomic(table, lambda file: file.write(text.encode()))
+    made = [path, table]
+    if pictures and result["rows"]:
+        made.append(draw_bars(path.with_suffix(".png"), result, _panels(result)))
+    return made
+
+
+def _panels(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Training steps: of each network with each pattern, and the slowest layer of each network."""
+    found = [line for line in ratios(result["rows"]) if "sum" not in line["op"]]
+    picked = [line for line in found if line["case"].endswith("with SGD")]
+    slowest: dict[str, dict] = {}
+    for line in found:
+        if line["op"] != "network" and line["case"].endswith("backward"):
+            key = line["case"].partition(",")[0]
+            slowest[key] = max(line, slowest.get(key, line), key=lambda each: each["dense_us"])
+    return [(line["op"], line["case"]) for line in (*picked, *slowest.values())][:8]
+
+
+def failures(result: dict[str, Any]) -> list[dict]:
+    """Rows of ours that were wrong or broke; a route may refuse what it cannot compute."""
+    ours = [r for r in result["rows"] if r["impl"].startswith("ours/") and not r["ok"]]
+    return [r for r in ours if r["error_bound"] or not r["impl"].startswith("ours/route")]
+
+
+if __name__ == "__main__":
+    from sparse_cocktail.cli import main
+
+    sys.argv[1:1] = ["bench", "masked"]
+    main()
