@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops.dispatch import check_bits, check_padding
+from .packing import forget, packed_weight
 from .patterns import Pattern, parse
 from .reference import bits_shape
 from .selection import eligible, magnitude_masks
@@ -34,9 +35,16 @@ __all__ = [
 # Share of live outputs up to which a layer computes these alone. Above, moving them to their
 # places costs what they save.
 FEW_ROWS = 0.7
+# Multiplications below which it computes them all. On a GPU nothing has been measured yet.
+FEW_PRODUCTS = {"cpu": 2**24, "cuda": 2**32}
 
 
-class _Masked:
+def _stamp(tensor: Tensor) -> tuple[int, int] | None:
+    """Changes when the tensor is written or replaced. None: it cannot tell."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+
+
+class _Masked(nn.Module):
     """What MaskedLinear and MaskedConv2d share: one mask buffer of fixed address, and its manners.
 
     `masked` says whether the mask is in force; `mask_bits` is allocated once and then overwritten
@@ -97,6 +105,18 @@ class _Masked:
             self.set_rows(None if mask.is_meta else ops.live_rows(self.mask_bits))
         self.masked = True
 
+    _known: tuple[int, int] | None = None  # stamp of the mask that `rows` are of
+
+    # Copies and moved layers look at their mask anew: its stamp may come to equal an old one.
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_known": None}
+
+    def _apply(self, *args, **kwargs):
+        self._known = None
+        forget(self)
+        return super()._apply(*args, **kwargs)
+
     def set_rows(self, rows: Tensor | None) -> None:
         """Say which outputs the present mask keeps: int64 (live,), from `ops.live_rows`.
 
@@ -104,19 +124,19 @@ class _Masked:
         """
         few = rows is not None and len(rows) <= FEW_ROWS * self.weight.shape[0]
         self.rows = rows.to(self.mask_bits.device) if few else None
-        if few and not self.mask_bits.is_inference():
-            self._rows_version = self.mask_bits._version
+        self._known = _stamp(self.mask_bits)
 
     def _live_rows(self, x: Tensor) -> Tensor | None:
         """The rows to compute, or None for all: in graphs, which outlive a mask, always all."""
         if torch.compiler.is_compiling():  # first: a graph must not depend on what follows
             return None
-        if self.rows is None or self.mask_bits.is_inference():
+        products = x.numel() * (self.weight.numel() // max(1, self.weight.shape[1]))
+        if self.rows is None or products < FEW_PRODUCTS.get(x.device.type, 0):
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        if self._rows_version != self.mask_bits._version:  # written by another hand, or moved
-            self.set_rows(ops.live_rows(self.mask_bits))
+        if self._known is None or self._known != _stamp(self.mask_bits):
+            self.set_rows(ops.live_rows(self.mask_bits))  # written by another hand, moved or copied
         return self.rows
 
     @property
@@ -197,6 +217,8 @@ class MaskedLinear(_Masked, nn.Linear):
             return super().forward(x)
         if (made := self._made_weight(x)) is not None:
             return F.linear(x.to(made.dtype), made, self._live_bias(made.dtype))
+        if (packed := packed_weight(self, x)) is not None:
+            return ops.sparse_linear(x, *packed, self.out_features, self._live_bias())
         return ops.masked_linear(
             x,
             self.weight,
@@ -257,6 +279,9 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         if (made := self._made_weight(x)) is not None:
             return self._conv_forward(x.to(made.dtype), made, self._live_bias(made.dtype))
         x, padding = self._pad(x)
+        if (packed := packed_weight(self, x)) is not None:
+            geometry = self.weight.shape, self.stride, padding, self.dilation
+            return ops.sparse_conv2d(x, *packed, self._live_bias(), *geometry)
         return ops.masked_conv2d(
             x,
             self.weight,

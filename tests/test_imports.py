@@ -15,7 +15,7 @@ ORDER = (
     ("reference",),
     ("ops",),
     ("bank", "global_selection"),
-    ("selection",),
+    ("selection", "packing"),
     ("modules",),
     ("conversion", "premask"),
     ("cocktail_file",),

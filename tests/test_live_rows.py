@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_cocktail import Cocktail, MaskedConv2d, MaskedLinear, convert, models, ops
+from sparse_cocktail import Cocktail, MaskedConv2d, MaskedLinear, convert, models, modules, ops
 
 OUT = 12
 LAST = torch.channels_last
@@ -21,6 +21,11 @@ LAYERS = {
 }
 each_layer = pytest.mark.parametrize(("layer", "x", "weight", "how"), LAYERS.values(), ids=LAYERS)
 each_backend = pytest.mark.parametrize("backend", ops.implementations("masked_conv2d"))
+
+
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch):
+    monkeypatch.setattr(modules, "FEW_PRODUCTS", {})
 
 
 def bits_with(live, shape, device):
@@ -140,6 +145,23 @@ def through_a_file(layer):
     other = MaskedLinear(33, OUT)
     other.load_state_dict(torch.load(file))
     return other
+
+
+def test_small_layers_compute_all_rows(monkeypatch):
+    monkeypatch.setattr(modules, "FEW_PRODUCTS", {"cpu": 4 * 33 * OUT})
+    layer = narrow_linear()
+    assert layer._live_rows(torch.randn(3, 33)) is None
+    assert layer._live_rows(torch.randn(4, 33)) is layer.rows
+
+
+def test_moved_and_copied_layers_look_again():
+    """A copy's mask may be written as often as the original's was: counts alone would not tell."""
+    mask = ops.pack_mask(torch.ones(OUT, 33, dtype=torch.bool))
+    for moved in (copy.deepcopy, lambda m: m.double().float(), lambda m: m):
+        layer = moved(narrow_linear())
+        layer.mask_bits.copy_(mask), layer.live.fill_(True)
+        x = torch.randn(4, 33)
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,10 @@ def _unified_rows_samples():
     yield weights, keep, [], channels, 0.5, None, n, u, None, c, scratch
 
 
+def _sparse(weight, bits):
+    return ops.sparse_pack(weight, bits)
+
+
 SAMPLES = {
     "block_masks": lambda: [
         (_lists()[0], [3], [2, 4], None),
@@ -169,6 +173,17 @@ SAMPLES = {
     ],
     "nm_row_": lambda: [(weights, 2, 4, rows[0], s) for weights, _, rows, s in [_rows()]],
     "pack_mask": lambda: [(torch.rand(3, 40, 3, 3) < 0.5,), (torch.rand(40, 3).t() < 0.5,)],
+    "sparse_conv2d": lambda: [
+        (x.detach(), *_sparse(weight, bits), None, list(weight.shape), [1, 1], [1, 1], [1, 1])
+        for x, weight, bits, *_ in list(_conv_samples())[:2]
+    ],
+    "sparse_linear": lambda: [
+        (torch.randn(2, 3, 33), *_sparse(weight_of(7, 33), bits_of(7, 33)), 7, torch.randn(7)),
+    ],
+    "sparse_pack": lambda: [
+        (weight_of(5, 33, grad=False), bits_of(5, 33)),
+        (weight_of(4, 600, 3, 3, grad=False), bits_of(4, 600, 3, 3)),
+    ],
     "topk_masks": _topk_samples,
     "topk_row_": _topk_row_samples,
     "unified_masks": _unified_samples,
@@ -214,7 +229,7 @@ def results_of(op, backend):
 def test_backends_agree_in_values_and_strides(op, backend, device_of):
     if device_of(backend) != torch.device("cpu"):
         pytest.skip(f"{backend}: does not take the CPU tensors of the samples")
-    products = op.startswith(("masked_linear", "masked_conv2d"))
+    products = op.startswith(("masked_linear", "masked_conv2d", "sparse_"))
     tolerance = {} if products else {"rtol": 0, "atol": 0}
     expected = results_of(op, "reference")
     assert expected

@@ -26,6 +26,7 @@ from .masks import (
 )
 from .routes import ROUTES, route
 from .rows import nm_row_, topk_row_, unified_rows_, workspace
+from .sparse_product import sparse_conv2d, sparse_linear, sparse_pack
 from .unified import channel_masks, channel_scores, unified_masks
 
 __all__ = [
@@ -56,6 +57,9 @@ __all__ = [
     "nm_row_",
     "pack_mask",
     "route",
+    "sparse_conv2d",
+    "sparse_linear",
+    "sparse_pack",
     "topk_masks",
     "topk_row_",
     "unified_masks",
