@@ -6,6 +6,30 @@ namespace {
 
 // ---- pack, unpack, count ------------------------------------------------------------------------
 
+// Eight bools at a time as one number, the first in its lowest byte.
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bytes of a word are taken in order");
+constexpr uint64_t kOnes = 0x0101010101010101;
+
+uint32_t word_of_bools(const uint8_t* bools) {
+  uint32_t word = 0;
+  for (int part = 0; part < 4; ++part) {
+    uint64_t bytes;
+    memcpy(&bytes, bools + 8 * part, sizeof bytes);
+    bytes |= bytes >> 4, bytes |= bytes >> 2, bytes |= bytes >> 1;  // any bit counts as true
+    word |= static_cast<uint32_t>((bytes & kOnes) * 0x0102040810204080 >> 56) << 8 * part;
+  }
+  return word;
+}
+
+void bools_of_word(uint32_t word, uint8_t* bools) {
+  for (int part = 0; part < 4; ++part) {
+    // byte i keeps bit i, and 127 more carries into its highest bit where that was set
+    const uint64_t bits = (word >> 8 * part & 0xff) * kOnes & 0x8040201008040201;
+    const uint64_t bytes = (bits + 127 * kOnes) >> 7 & kOnes;
+    memcpy(bools + 8 * part, &bytes, sizeof bytes);
+  }
+}
+
 Tensor pack_mask(const Tensor& mask) {
   STD_TORCH_CHECK(mask.scalar_type() == ScalarType::Bool, "pack_mask: mask has dtype ",
                   torch::headeronly::toString(mask.scalar_type()),
@@ -15,6 +39,10 @@ Tensor pack_mask(const Tensor& mask) {
   const auto* source = static_cast<const uint8_t*>(mask.const_data_ptr());
   uint32_t* target = mutable_words(bits);
   parallel_for_each_word(view, [&](int64_t word, int64_t offset, int64_t count) {
+    if (count == kWordBits && view.in_stride == 1) {
+      target[word] = word_of_bools(source + offset);
+      return;
+    }
     std::array<uint8_t, kWordBits> lanes{};  // zeros, so padding bits are 0
     load_lanes(lanes.data(), source + offset, view.in_stride, count, [](uint8_t b) { return b; });
     target[word] = word_where(lanes.data(), [](uint8_t b) { return b != 0; });
@@ -34,6 +62,7 @@ Tensor unpack_mask(const Tensor& bits, std::vector<int64_t> shape) {
   parallel_for_each_word(view, [&](int64_t word, int64_t offset, int64_t count) {
     const uint32_t value = source[word];
     uint8_t* p = target + offset;
+    if (count == kWordBits && view.in_stride == 1) return bools_of_word(value, p);
     for_each_lane(count, [&](int j) { p[j * view.in_stride] = value >> j & 1; });
   });
   return mask;
