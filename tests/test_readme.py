@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_cocktail import models
+from sparse_cocktail import models, ops, prune_
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -16,13 +16,18 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 def given(block: str) -> dict:
     """What the README's words around the block take for granted."""
     x, y = torch.randn(96, 1, 8, 8), torch.arange(96) % 10
+    weight = torch.randn(16, 512)
     names = {
         "my_model": models.build("resnet8", {"width": 16}),
         "loader": [(x[:48], y[:48]), (x[48:], y[48:])],
         "batches": [x[:48], x[48:]],
         "loss_function": nn.CrossEntropyLoss(),
         "weights": [torch.randn(1000, 1000), torch.randn(800, 1000)],
-        "weight": torch.randn(16, 512),
+        "weight": weight,
+        "nm": ops.nm_mask(weight, 2, 4),
+        "model": prune_(models.build("resnet8"), "2:4"),
+        "images": x,
+        "labels": y,
         "x": x,
         "y": y,
         **{f"{n}_{part}": v for part in ("holdout", "test") for n, v in (("x", x), ("y", y))},
@@ -47,4 +52,4 @@ def test_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_there_are_blocks_for_every_user():
-    assert len(BLOCKS) == 5
+    assert len(BLOCKS) == 6
