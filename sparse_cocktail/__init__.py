@@ -8,9 +8,10 @@ if (_root / "csrc").is_dir() and (_root / "kernels").is_dir():
 
 from . import ops, patterns  # noqa: E402
 from .bank import MaskBank  # noqa: E402
+from .batch_norm import MaskedBatchNorm2d  # noqa: E402
 from .cocktail import Cocktail, Subnet  # noqa: E402
 from .conversion import convert  # noqa: E402
-from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear  # noqa: E402
+from .modules import MaskedConv2d, MaskedLinear  # noqa: E402
 from .patterns import NM, Block, Channel, Dense, Unstructured, parse  # noqa: E402
 from .premask import premasked  # noqa: E402
 from .pruning import prune_, to_dense  # noqa: E402

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from . import models, ops
+from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .files import read_tensors, write_tensors
-from .modules import MaskedBatchNorm2d, masked_layers
+from .modules import masked_layers
 from .reference import weight_view
 
 __all__ = [

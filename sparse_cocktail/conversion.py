@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear, evaluating
+from .batch_norm import MaskedBatchNorm2d
+from .modules import MaskedConv2d, MaskedLinear, evaluating
 
 __all__ = ["Conversion", "convert"]
 

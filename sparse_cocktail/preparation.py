@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import MaskedBatchNorm2d
 from .config import Config
 from .conversion import convert
 from .files import read_tensors
-from .modules import MaskedBatchNorm2d
 
 __all__ = ["new_optimizer", "prepare_model"]
 

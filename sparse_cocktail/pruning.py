@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor, nn
 
+from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
-from .modules import MaskedBatchNorm2d, MaskedConv2d, MaskedLinear, masked_layers
+from .modules import MaskedConv2d, MaskedLinear, masked_layers
 from .patterns import Dense, Pattern, parse
 from .selection import eligible, magnitude_masks
 

@@ -15,7 +15,7 @@ ORDER = (
     ("reference",),
     ("ops",),
     ("bank", "global_selection"),
-    ("selection", "packing"),
+    ("selection", "packing", "batch_norm"),
     ("modules",),
     ("conversion", "premask"),
     ("cocktail_file",),
