@@ -100,6 +100,5 @@ setup(
     license="Apache-2.0",
     packages=[*find_packages(include=["sparse_cocktail*"]), "sparse_cocktail.kernels"],
     package_dir={"sparse_cocktail.kernels": "kernels"},
-    package_data={"sparse_cocktail": ["py.typed", "recipes/*.yaml"]},
     **extension(),
 )

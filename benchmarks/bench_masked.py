@@ -11,6 +11,7 @@ What counts are ratios to the layer without a mask, in one run.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.ops import routes
 from sparse_cocktail.patterns import parse
 
 from groups_masked import OURS, Networks, layer_group, network_group  # isort: skip - neighbours
@@ -116,8 +118,11 @@ def _layers(run: _Run, network: str, layers: list[Layer], dtypes: list[str], pas
             except torch.OutOfMemoryError:
                 run.tell(f"{name}: left out, it does not fit into the memory of this GPU")
                 continue
+            outputs = math.prod(layer.output) // layer.weight[0]
+            positions = [math.prod(layer.input) // layer.weight[1], outputs]
             for what in passes:
                 extra = {"network": network, "count": layer.count, "pass": what, "dtype": dtype}
+                extra |= {"weight_shape": layer.weight, "positions": positions}
                 extra["rows"] = layer.input[0] if layer.weight[2:] == () else None
                 setting = f"{dtype}, {'forward' if what == 'forward' else 'forward + backward'}"
 
@@ -251,6 +256,46 @@ def _totals(rows: Sequence[dict]) -> list[dict[str, Any] | None]:
 def _sum(values) -> int | None:
     values = list(values)
     return None if None in values else sum(values)
+
+
+def choices(rows: Sequence[dict]) -> dict[str, list[float]]:
+    """By bucket of `ops.routes`, times by layer over times fused, where both are correct.
+
+    The forward decides for the layer, forward + backward for both gradients; each mode counts.
+    """
+    found: dict[str, list[float]] = {}
+    for (op, _), some in groups(rows).items():
+        first = some[0]
+        wrong = [r for r in some if _is_route(r) and not r["ok"] and r["error_bound"]]
+        if "weight_shape" not in first or wrong:
+            continue
+        kind, shape = op.removeprefix("masked_"), torch.Size(first["weight_shape"])
+        dtype, (x_rows, y_rows) = DTYPES[first["dtype"]][0], first["positions"]
+        keys = [routes.bucket(kind, dtype, x_rows, shape)]
+        if first["pass"] == "train":  # a gradient's first argument is that of the output
+            grads = (f"{kind}_input_grad", f"{kind}_weight_grad")
+            keys = [routes.bucket(grad, dtype, y_rows, shape) for grad in grads]
+        for mode in dict.fromkeys(row["mode"] for row in some):
+            times = {r["impl"]: r["median_us"] for r in some if r["mode"] == mode and _is_route(r)}
+            fused, layer = (times.get(f"ours/route {name}") for name in routes.ROUTES)
+            for key in keys if fused and layer else ():
+                found.setdefault(key, []).append(layer / fused)
+    return found
+
+
+def _is_route(row: dict) -> bool:
+    return row["impl"].startswith("ours/route")
+
+
+def save(result: dict[str, Any]) -> Path:
+    """Write the table of `ops.routes` for the GPU of a result."""
+    facts = result["environment"]
+    if "gpu" not in facts:
+        raise ValueError(
+            "bench masked: save_choices=True for a result of the CPU, where a masked layer has one "
+            "route; measure with --device cuda, or use 'bench sparse --save-choices'"
+        )
+    return routes.save(facts["gpu"], facts, choices(result["rows"]), routes.ROUTES)
 
 
 def table_of_ratios(lines: Sequence[dict]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""The measured tables that choose between the kernels of masked layers."""
+"""The measured tables that choose between ways to compute masked layers."""
 
 import json
 
@@ -12,9 +12,11 @@ from sparse_cocktail.ops import routes
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(routes, "FOLDER", tmp_path)
-    routes.table.cache_clear()
+    for cached in (routes.table, routes._sparse_pays):
+        cached.cache_clear()
     yield tmp_path
-    routes.table.cache_clear()
+    for cached in (routes.table, routes._sparse_pays):
+        cached.cache_clear()
 
 
 def write(folder, card, content):
@@ -42,15 +44,16 @@ def test_a_table_is_read(folder):
     assert routes.table("Card 1") == {"linear/float32/rows-4^1/weights-4^3": row}
     assert routes.cards() == ["Card 1"]
     write(folder, "Card 2", {"format": 7, "buckets": {}})
-    with pytest.raises(ValueError, match="Card-2.json has format 7, but .* reads 1; measure again"):
+    with pytest.raises(ValueError, match="Card-2.json has format 7, but .* reads 1; remove it"):
         routes.table("Card 2")
 
 
 def test_shipped_tables_are_sound():
     for card in routes.cards():
         for bucket, row in routes.table(card).items():
-            assert row["route"] in ops.ROUTES and row["ratio"] >= 1, bucket
-            assert bucket.count("/") == 3
+            sparse = bucket.startswith("sparse_")
+            assert row["route"] in (routes.SPARSE_ROUTES if sparse else ops.ROUTES), bucket
+            assert row["ratio"] >= 1 and bucket.count("/") == 3 + sparse, bucket
 
 
 def test_a_route_can_be_forced():
@@ -60,7 +63,13 @@ def test_a_route_can_be_forced():
         with ops.route("layer"):
             assert routes.chosen_route("linear", x, weight, 4) == "layer"
         assert routes.chosen_route("linear", x, weight, 4) == "fused"
-    with pytest.raises(ValueError, match="ops.route: name='best' is unknown; use one of fused"):
+    with ops.route("fused"), ops.route("dense"), ops.route("sparse"):  # of the other pair
+        assert routes.chosen_route("linear", x, weight, 4) == "fused"
+        assert routes.chosen_sparse("sparse_linear", 4, weight, 0.9)
+        with ops.route("dense"):
+            assert not routes.chosen_sparse("sparse_linear", 4, weight, 0.1)
+    message = "name='best' is unknown; use one of fused, layer, sparse, dense"
+    with pytest.raises(ValueError, match=message):
         ops.route("best").__enter__()
 
 
@@ -80,3 +89,78 @@ def test_the_fused_kernels_get_what_they_take():
         assert called("linear_weight_grad", x, x, weight, bits, None, True) == "fused"
     assert called("linear", x, weight, bits, None, None, False) == "layer"
     assert routes.routed("linear", None, lambda: None) is None, "no Triton"
+
+
+# ---- packed weights on the CPU -------------------------------------------------------------------
+
+
+def sparse_key(rows=8, density=0.13):
+    return routes.sparse_bucket("sparse_linear", rows, torch.Size((64, 64)), density)
+
+
+def test_sparse_buckets_tell_densities_apart_by_powers_of_two():
+    assert sparse_key() == "sparse_linear/float32/rows-4^2/weights-4^6/density-2^-3"
+    densities = (1.0, 0.75, 0.5, 0.25, 0.13, 0.05, 2.0**-20, 0.0)
+    powers = [int(sparse_key(density=d).rpartition("^-")[2]) for d in densities]
+    assert powers == [0, 0, 1, 2, 3, 4, 8, 8]
+
+
+@pytest.fixture
+def measured(folder):
+    """8 and 512 rows measured at a density of 0.13: sparse pays with 8."""
+    found = {sparse_key(8): [1.5], sparse_key(512): [0.5]}
+    routes.save(routes.cpu_card(), {}, found, routes.SPARSE_ROUTES)
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "density", "chosen"),
+    [
+        (8, (64, 64), 0.13, True),
+        (512, (64, 64), 0.13, False),
+        (1, (64, 64), 0.13, True),  # fewer rows than measured
+        (70, (64, 64), 0.13, True),  # between both, the lower one is as near
+        (128, (64, 64), 0.13, False),
+        (10**6, (64, 64), 0.13, False),
+        (8, (128, 128), 0.13, True),  # four times the weights
+        (8, (512, 128), 0.13, False),  # sixteen times: nobody knows
+        (8, (16, 16), 0.13, False),
+        (8, (64, 64), 0.25, False),  # denser than measured
+        (8, (64, 64), 0.01, True),  # sparser than measured
+        (512, (64, 64), 0.0, False),
+    ],
+)
+def test_the_nearest_measurement_decides(measured, rows, shape, density, chosen):
+    weight = torch.empty(shape, device="meta")
+    assert routes.chosen_sparse("sparse_linear", rows, weight, density) == chosen
+    assert not routes.chosen_sparse("sparse_conv2d", rows, weight, density)
+
+
+def test_without_a_table_layers_are_dense(folder):
+    assert not routes.chosen_sparse("sparse_linear", 8, torch.empty(64, 64), 0.1)
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def test_saved_tables_keep_what_was_not_measured_now(folder):
+    path = routes.save("Card 1", {"threads": 2}, {"a": [2.0], "b": [4.0, 0.5]}, routes.ROUTES)
+    assert path == folder / "Card-1.json" and routes.cards() == ["Card 1"]
+    assert routes.table("Card 1")["b"] == {"route": "fused", "ratio": 1.414, "measurements": 2}
+    routes.save("Card 1", {"threads": 4}, {"b": [0.5], "c": [1.0]}, routes.SPARSE_ROUTES)
+    rows = routes.table("Card 1")
+    assert {key: row["route"] for key, row in rows.items()} == {
+        "a": "fused",
+        "b": "dense",
+        "c": "sparse",
+    }
+    assert rows["b"]["ratio"] == 2.0
+    content = json.loads(path.read_text())
+    assert (content["format"], content["environment"]) == (1, {"threads": 4})
+    assert list(folder.iterdir()) == [path]
+
+
+def test_a_saved_choice_is_taken_at_once(measured):
+    weight = torch.empty(64, 64)
+    assert routes.chosen_sparse("sparse_linear", 8, weight, 0.13)
+    routes.save(routes.cpu_card(), {}, {sparse_key(8): [0.9]}, routes.SPARSE_ROUTES)
+    assert not routes.chosen_sparse("sparse_linear", 8, weight, 0.13)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..files import read_json
 from .base import app, console
 
 bench = typer.Typer(
@@ -101,6 +102,10 @@ def masked(
     redraw: Annotated[
         Path | None, typer.Option(help="only table and picture again, from this JSON")
     ] = None,
+    save_choices: Annotated[
+        bool,
+        typer.Option("--save-choices", help="write the table that chooses between routes"),
+    ] = False,
 ) -> None:
     """Time masked linear layers and convolutions, and a training step of a masked network.
 
@@ -108,10 +113,16 @@ def masked(
     without a mask, in the same run. The exit code is 1 when one of ours is wrong.
     """
     program = _checkout("bench_masked")
+    _check_choices("masked", save_choices, quick)
     if redraw is not None:
-        _say_files(program.redraw(redraw))
+        _redraw(program, redraw, pictures, save_choices)
         return
     _check_device("masked", device)
+    if save_choices and device == "cpu":
+        raise ValueError(
+            "bench masked: save_choices=True with device='cpu', where a masked layer has one "
+            "route; add --device cuda, or use 'bench sparse --save-choices'"
+        )
     result, files = program.run(
         out,
         device,
@@ -125,7 +136,59 @@ def masked(
         _tell,
     )
     _tell(program.summary(result))
-    _finish(program, result, files)
+    _finish(program, result, files, save_choices)
+
+
+@bench.command()
+def sparse(
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results (default: benchmarks/results/sparse)")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="small layers, few samples")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="threads on the CPU (default: torch's)", min=1)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="images of convolutions and rows of linear layers", min=1)
+    ] = None,
+    pictures: Annotated[bool, typer.Option(help="draw a PNG file too")] = True,
+    redraw: Annotated[
+        Path | None, typer.Option(help="only table and picture again, from this JSON")
+    ] = None,
+    save_choices: Annotated[
+        bool,
+        typer.Option("--save-choices", help="write the table that chooses between routes"),
+    ] = False,
+) -> None:
+    """Time inference with packed unstructured weights on the CPU, against dense layers.
+
+    Every result is compared with float64 before it is timed. The exit code is 1 when one of ours
+    is wrong.
+    """
+    program = _checkout("bench_sparse")
+    _check_choices("sparse", save_choices, quick)
+    if redraw is not None:
+        _redraw(program, redraw, pictures, save_choices)
+        return
+    result, files = program.run(out, quick, threads, batch, pictures, _tell)
+    _tell(program.summary(result))
+    _finish(program, result, files, save_choices)
+
+
+def _check_choices(what: str, save_choices: bool, quick: bool) -> None:
+    if save_choices and quick:
+        raise ValueError(
+            f"bench {what}: save_choices=True with quick=True, but a few samples of small layers "
+            "decide nothing; leave --quick out"
+        )
+
+
+def _redraw(program, path: Path, pictures: bool, save_choices: bool) -> None:
+    """Table and picture, and what `ops.routes` reads, from a benchmark JSON."""
+    files = program.redraw(path, pictures)
+    if save_choices:
+        files.append(program.save(read_json(path)))
+    _say_files(files)
 
 
 def _tell(text: str) -> None:
@@ -141,9 +204,9 @@ def _check_device(what: str, device: str) -> None:
         raise ValueError(f"bench {what}: device={device!r} is not one of cpu, cuda")
 
 
-def _finish(program, result: dict, files: list[Path]) -> None:
+def _finish(program, result: dict, files: list[Path], save_choices: bool = False) -> None:
     """Name the files, and what failed: then the exit code is 1."""
-    _say_files(files)
+    _say_files([*files, program.save(result)] if save_choices else files)
     wrong = program.failures(result)
     for row in wrong:
         _tell(f"FAILED: {row['op']}, {row['case']}, {row['impl']}: {row['note']}")

@@ -222,10 +222,17 @@ def _choices() -> None:
     here = routes.this_card()
     for card in sorted({*routes.cards(), here}):
         title = f"{card} (this machine)" if card == here else card
-        table = Table("op / dtype / sizes", "route", "faster by", title=title)
+        table = Table(
+            "op / dtype / sizes / density", "route", "faster by", title=title, pad_edge=False
+        )
         for bucket, row in routes.table(card).items():
             table.add_row(bucket, row["route"], f"{row['ratio']:.2f}x")
         if not table.rows:
-            table.add_row("not measured: every masked layer goes by way of W*m", "layer", "")
+            route = "dense" if card.startswith("cpu-") else "layer"
+            table.add_row("not measured: every masked layer goes by way of W*m", route, "")
         console.print(table)
-    console.print("Measured by 'sparse-cocktail bench masked --save-choices'.")
+    console.print(
+        "Measured by 'sparse-cocktail bench masked --save-choices' (GPU: fused, layer) and "
+        "'sparse-cocktail bench sparse --save-choices' (CPU: sparse, dense).",
+        soft_wrap=True,
+    )

@@ -7,18 +7,21 @@ function here has the arguments of the op that it computes.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import convolution_grad
-from . import masked  # noqa: F401 - it defines the ops
-from .dispatch import inside
+from .dispatch import chosen, inside
+from .masked import maskable
 
 __all__ = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "is_channels_last"]
 __all__ += ["linear", "linear_input_grad", "linear_weight_grad", "unpacked"]
 
 
+_cpp = torch.ops.sparse_cocktail_cpp
 _masked_weight = inside("masked_weight")
 _masked_weight_ = inside("masked_weight_")
 
@@ -70,8 +73,27 @@ def _spread(
     return whole if ordered is part else whole.permute(0, 3, 1, 2)
 
 
+_scratch = threading.local()
+_MOST_SCRATCH = 2**26  # bytes; larger masked weights get memory of their own
+
+
 def _live_weight(weight: Tensor, bits: Tensor, rows: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return _masked_weight(_take(weight, rows), _take(bits, rows), dtype)
+    """W*m of the live rows, until the next call: on the CPU in memory that stays, because the pages
+    of new memory would cost more than the masking."""
+    weight, bits = _take(weight, rows), _take(bits, rows)
+    if weight.device.type != "cpu" or chosen("masked_weight", weight.device) != "cpp":
+        return _masked_weight(weight, bits, dtype)
+    size = weight.numel() * dtype.itemsize
+    like = torch.empty_like(weight, dtype=dtype, device="meta")
+    if size > _MOST_SCRATCH or not maskable(weight, like):
+        return _masked_weight(weight, bits, dtype)
+    held = getattr(_scratch, "held", None)
+    if held is None or held.numel() < size:
+        with torch.inference_mode(False):  # it outlives the mode
+            held = _scratch.held = torch.empty(size, dtype=torch.uint8)
+    masked = held[:size].view(dtype).as_strided(like.shape, like.stride())
+    _cpp.masked_weights_into([weight], [bits.contiguous()], [masked])
+    return masked
 
 
 def _weight_grad(

@@ -35,10 +35,16 @@ def _check_masked_weight(weight, bits, dtype=None) -> None:
     check_device("masked_weight", bits, weight, "bits")
 
 
+def maskable(weight: Tensor, result: Tensor) -> bool:
+    """Whether C++ can write the masked weight straight into a result."""
+    dtypes = weight.dtype, result.dtype
+    known = dtypes[0] == dtypes[1] or dtypes in _CASTS
+    return known and strided(weight) is weight and result.stride() == weight.stride()
+
+
 def _masked_weight_cpp(weight, bits, dtype=None) -> Tensor:
     result = torch.empty_like(weight, dtype=dtype)
-    known = dtype is None or dtype == weight.dtype or (weight.dtype, dtype) in _CASTS
-    if known and strided(weight) is weight and result.stride() == weight.stride():
+    if maskable(weight, result):
         _cpp.masked_weights_into([weight], [bits.contiguous()], [result])
         return result
     return _masked_weights_cpp([weight], [bits], dtype)[0]
