@@ -3,6 +3,9 @@
 Packing costs as much as a few products, so a layer is packed at its second such call with the same
 weights and mask. What was packed lies beside the layer, not in it: copies, pickles and state dicts
 know nothing of it. It takes 6 bytes per kept weight.
+
+It is dropped when the layer trains, and when weights or mask have changed: by their version, and,
+as fused optimizers and writes through `.data` leave that alone, by a sample of their values.
 """
 
 from __future__ import annotations
@@ -19,9 +22,15 @@ from .ops import routes
 __all__ = ["forget", "packed_weight"]
 
 
+# Rows below which a linear layer stays dense: one row gains little, and with one thread it loses.
+FEW_ROWS = 4
+SAMPLE = 512
+
+
 @dataclass
 class _Pack:
     key: tuple  # which weights and mask
+    sample: list[Tensor]  # of their values
     density: float
     tensors: tuple[Tensor, Tensor, Tensor] | None = None
 
@@ -35,27 +44,41 @@ def packed_weight(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] 
     It is for inference in fp32 on a CPU: in eval mode, without gradient or autocast, with groups=1.
     """
     weight, bits = layer.weight, layer.mask_bits
-    if layer.training or torch.compiler.is_compiling() or not _plain(layer, x):
+    if torch.compiler.is_compiling():
+        return None
+    if layer.training or not _plain(layer, x):
+        forget(layer)
         return None
     if torch.is_grad_enabled() and any(
         t.requires_grad for t in (x, *layer.parameters(recurse=False))
     ):
+        forget(layer)
         return None
     key = (weight.data_ptr(), weight._version, bits.data_ptr(), bits._version)
     pack = _packs.get(layer)
-    if pack is None or pack.key != key:
-        _packs[layer] = _Pack(key, layer.density)
+    samples = [_sample(weight), _sample(bits)]
+    if pack is None or pack.key != key or not all(map(torch.equal, samples, pack.sample)):
+        _packs[layer] = _Pack(key, [sample.clone() for sample in samples], layer.density)
         return None
     is_conv = weight.dim() == 4
     rows = x.numel() // max(1, x.shape[-3] if is_conv else x.shape[-1])
     if is_conv:
         rows //= layer.stride[0] * layer.stride[1]
+    elif rows < FEW_ROWS:
+        return None
     op = "sparse_conv2d" if is_conv else "sparse_linear"
     if not routes.chosen_sparse(op, rows, weight, pack.density):
         return None
     if pack.tensors is None:
         pack.tensors = ops.sparse_pack(weight, bits)
     return pack.tensors
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Some values at even distances in memory, as a view."""
+    count = min(tensor.numel(), SAMPLE)
+    step = tensor.numel() // max(1, count)
+    return tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
 
 
 def forget(layer: nn.Module) -> None:

@@ -122,6 +122,46 @@ def test_moved_weights_are_packed_anew():
             torch.testing.assert_close(layer(x), plain(layer, x))
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: layer.weight.data.mul_(2),
+        lambda layer: layer.weight.detach().numpy().__imul__(2),
+        lambda layer: layer.mask_bits.data.fill_(0),
+    ],
+    ids=["data", "numpy", "mask"],
+)
+def test_writes_without_a_version_are_seen(write):
+    layer, x = ready()
+    write(layer)
+    with torch.no_grad():
+        expected = F.linear(x, layer.weight * layer.mask, layer.bias * layer.live)
+        for _ in range(3):
+            torch.testing.assert_close(layer(x), expected)
+
+
+def test_fused_optimizers():
+    layer, x = ready()
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, fused=True)
+    for _ in range(3):
+        layer.train()(x).square().sum().backward()
+        optimizer.step()
+        layer.eval()
+        with torch.no_grad():
+            expected = F.linear(x, layer.weight * layer.mask, layer.bias)
+            for _ in range(3):
+                torch.testing.assert_close(layer(x), expected)
+
+
+def test_few_rows_stay_dense(asked):
+    layer = MaskedLinear(33, 12).eval()
+    layer.set_mask("unstructured-0.5")
+    with torch.no_grad():
+        for _ in range(3):
+            layer(torch.randn(packing.FEW_ROWS - 1, 33))
+    assert packs_of(layer) is None and not asked
+
+
 def test_training_and_gradients_go_on():
     layer, x = ready()
     expected = F.linear(x, layer.weight * layer.mask, layer.bias)
