@@ -266,6 +266,16 @@ def masked_weight(weight: Tensor, bits: Tensor, dtype: torch.dtype | None = None
     return result.copy_(masked)
 
 
+def straight(weight: Tensor, bits: Tensor, dtype: torch.dtype, dense_grad: bool) -> Tensor:
+    """The masked weight in operations that PyTorch can transform; with `dense_grad` it has the
+    gradient of the weight."""
+    mask = unpack_mask(bits, weight.shape)
+    masked = torch.where(mask, weight, 0.0)
+    if dense_grad:
+        masked = masked + torch.where(mask, 0.0, weight - weight.detach())
+    return masked.to(dtype)
+
+
 def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x, masked_weight(weight, bits, x.dtype), bias)

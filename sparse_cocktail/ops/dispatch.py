@@ -208,8 +208,14 @@ def define(
     return getattr(torch.ops.sparse_cocktail, op).default
 
 
-def gradient(op: str, backward: Callable, setup_context: Callable) -> Callable:
+def gradient(
+    op: str, backward: Callable, setup_context: Callable, plain: Callable | None = None
+) -> Callable:
     """Attach a gradient to an op defined here.
+
+    Args:
+        plain: the op with its arguments in differentiable PyTorch, for the transforms of
+            torch.func, which know no custom gradients (forward mode would silently give zeros).
 
     Returns:
         The callable op. In plain eager mode it takes a shortcut with the same formulas: of the
@@ -229,8 +235,10 @@ def gradient(op: str, backward: Callable, setup_context: Callable) -> Callable:
     function = type(op, (torch.autograd.Function,), methods)
 
     def call(*args):
+        if plain is not None and torch._C._are_functorch_transforms_active():
+            return plain(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if not _plain(tensors):
+        if not _eager(tensors):
             return overload(*args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function.apply(*args)
@@ -239,7 +247,7 @@ def gradient(op: str, backward: Callable, setup_context: Callable) -> Callable:
     return call
 
 
-def _plain(tensors: list[Tensor]) -> bool:
+def _eager(tensors: list[Tensor]) -> bool:
     """Whether nobody looks at ops but autograd: no compiler, mode, transform or tensor subclass."""
     return (
         not torch.compiler.is_compiling()

@@ -216,5 +216,9 @@ def saved_bits(ctx, op: str) -> tuple[Tensor, ...]:
     return saved
 
 
-_weight = gradient("masked_weight", _weight_backward, _save_weight)
+def _plain_weight(weight, bits, dtype=None) -> Tensor:
+    return reference.straight(weight, bits, dtype or weight.dtype, False)
+
+
+_weight = gradient("masked_weight", _weight_backward, _save_weight, _plain_weight)
 gradient("masked_weights", _weights_backward, _save_weights)

@@ -184,7 +184,13 @@ def _weight_grad_backward(ctx, second):
     return by_grad, by_x, None, None, None, None, None
 
 
-_conv = gradient("masked_conv2d", _conv_backward, _save_conv)
+def _plain_conv(x, weight, bits, bias, rows, geometry, dense_grad) -> Tensor:
+    masked = reference.straight(weight, bits, x.dtype, dense_grad)
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, masked, bias, *unpacked(geometry))
+
+
+_conv = gradient("masked_conv2d", _conv_backward, _save_conv, _plain_conv)
 _input_grad = gradient("masked_conv2d_input_grad", _input_grad_backward, _save_input_grad)
 _weight_grad = gradient("masked_conv2d_weight_grad", _weight_grad_backward, _save_weight_grad)
 

@@ -191,7 +191,12 @@ def _weight_grad_backward(ctx, second):
     return by_grad, by_x, None, None, None, None
 
 
-_linear = gradient("masked_linear", _linear_backward, _save_linear)
+def _plain_linear(x, weight, bits, bias, rows, dense_grad) -> Tensor:
+    masked = reference.straight(weight, bits, x.dtype, dense_grad)
+    return F.linear(x, masked, None if bias is None else bias.to(x.dtype))
+
+
+_linear = gradient("masked_linear", _linear_backward, _save_linear, _plain_linear)
 _input_grad = gradient("masked_linear_input_grad", _input_grad_backward, _save_input_grad)
 _weight_grad = gradient("masked_linear_weight_grad", _weight_grad_backward, _save_weight_grad)
 
