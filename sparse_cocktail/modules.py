@@ -1,7 +1,8 @@
 """Drop-in layers that compute with a packed mask.
 
 A masked layer is its torch.nn parent as long as no mask is set: same constructor, same state-dict
-keys, same code path. With a mask it keeps one dense weight and one bit per weight, nothing else.
+keys, same code path. With a mask it keeps one dense weight and one bit per weight (what `packing`
+keeps for inference lies beside it).
 An output channel whose weights are all pruned is silent: its bias, and the BatchNorm that follows
 it, are masked too, so that the masked network equals the physically slimmed one.
 """

@@ -23,16 +23,16 @@ __all__ = ["forget", "packed_weight"]
 
 
 # Rows below which a linear layer stays dense: one row gains little, and with one thread it loses.
-FEW_ROWS = 4
+LEAST_ROWS = 4
 SAMPLE = 512
 
 
 @dataclass
 class _Pack:
     key: tuple  # which weights and mask
-    sample: list[Tensor]  # of their values
     density: float
     tensors: tuple[Tensor, Tensor, Tensor] | None = None
+    sample: list[Tensor] | None = None  # of the values that were packed
 
 
 _packs: WeakKeyDictionary[nn.Module, _Pack] = WeakKeyDictionary()
@@ -56,21 +56,25 @@ def packed_weight(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] 
         return None
     key = (weight.data_ptr(), weight._version, bits.data_ptr(), bits._version)
     pack = _packs.get(layer)
-    samples = [_sample(weight), _sample(bits)]
-    if pack is None or pack.key != key or not all(map(torch.equal, samples, pack.sample)):
-        _packs[layer] = _Pack(key, [sample.clone() for sample in samples], layer.density)
+    if pack is None or pack.key != key:
+        _packs[layer] = _Pack(key, layer.density)
         return None
     is_conv = weight.dim() == 4
     rows = x.numel() // max(1, x.shape[-3] if is_conv else x.shape[-1])
     if is_conv:
         rows //= layer.stride[0] * layer.stride[1]
-    elif rows < FEW_ROWS:
+    elif rows < LEAST_ROWS:
         return None
     op = "sparse_conv2d" if is_conv else "sparse_linear"
     if not routes.chosen_sparse(op, rows, weight, pack.density):
         return None
+    samples = [_sample(weight), _sample(bits)]
     if pack.tensors is None:
         pack.tensors = ops.sparse_pack(weight, bits)
+        pack.sample = [sample.clone() for sample in samples]
+    elif not all(map(torch.equal, samples, pack.sample)):
+        _packs[layer] = _Pack(key, layer.density)
+        return None
     return pack.tensors
 
 

@@ -158,7 +158,7 @@ def test_few_rows_stay_dense(asked):
     layer.set_mask("unstructured-0.5")
     with torch.no_grad():
         for _ in range(3):
-            layer(torch.randn(packing.FEW_ROWS - 1, 33))
+            layer(torch.randn(packing.LEAST_ROWS - 1, 33))
     assert packs_of(layer) is None and not asked
 
 

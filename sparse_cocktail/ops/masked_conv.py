@@ -54,7 +54,7 @@ _fused_input_grad = fused(
         x.shape,
         *unpacked(geometry),
         grad.dtype,
-    ),  # fmt: skip
+    ),
 )
 _fused_weight_grad = fused(
     "conv2d_weight_grad",
@@ -65,7 +65,7 @@ _fused_weight_grad = fused(
         bits,
         *unpacked(geometry),
         dense_grad,
-    ),  # fmt: skip
+    ),
 )
 
 
