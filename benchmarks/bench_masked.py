@@ -5,7 +5,7 @@
 
 Every group of rows (a layer and its input, dtypes, forward or forward + backward) has ours as
 dispatched, as a module and by every route, the layer without a mask, and the usual ways to write a
-mask: `w * m` and torch.nn.utils.prune. The group `network` is a training step of a ResNet-50.
+mask: `w * m` and torch.nn.utils.prune. The group `network` is a training step of a ResNet.
 What counts are ratios to the layer without a mask, in one run.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from sparse_cocktail.files import read_json, write_atomic
 from sparse_cocktail.ops import routes
 from sparse_cocktail.patterns import parse
 
-from groups_masked import OURS, Networks, layer_group, network_group  # isort: skip - neighbours
+from groups_masked import OURS, PREMASKED, Networks, layer_group, network_group  # isort: skip - neighbours
 from machine import cache_bytes, clocks, describe, result_name  # isort: skip
 from output import aligned, draw_bars, groups, markdown, write  # isort: skip
 from peers_masked import DENSE, PRUNE  # isort: skip
@@ -34,6 +35,16 @@ RESULTS = Path(__file__).resolve().parent / "results" / "masked"
 CASES = ("network", *(name for name in LAYERS if name != "small"))
 PATTERN = "unstructured-0.8"  # of layers
 PATTERNS = (PATTERN, "2:4", "channel-0.5")  # of the network
+NETWORKS = {  # and their images
+    "cuda": [("resnet50", (256, 3, 224, 224))],
+    "cpu": [
+        ("resnet8", (64, 1, 8, 8)),
+        ("resnet18", (32, 3, 32, 32)),
+        ("resnet50", (8, 3, 64, 64)),
+        ("resnet50", (4, 3, 224, 224)),
+    ],
+    "quick": [("resnet8", (4, 3, 16, 16))],
+}
 PASSES = {"forward": False, "train": True}
 DTYPES = {  # (x, weight)
     "fp32": (torch.float32, torch.float32),
@@ -48,7 +59,8 @@ REMARKS = (
     "of plain torch in the same dtypes, and pruned weights get a gradient of exactly zero.",
     "",
     "`torch/dense` is the layer without a mask: not a peer but the goal. `w*m`: the faster of a "
-    "bool and a floating-point mask. {memory}",
+    "bool and a floating-point mask. `premasked`: all masked weights of a network in one call, and "
+    "kept for the backward; so the engine trains networks of up to 4 MB. {memory}",
 )
 MEMORY = {
     "cpu": "Memory: bytes that a forward keeps for its backward, parameters not counted.",
@@ -135,17 +147,14 @@ def _layers(run: _Run, network: str, layers: list[Layer], dtypes: list[str], pas
 def _network(run: _Run, batch: int | None, passes: Sequence[str]) -> None:
     if "train" not in passes:
         return
-    gpu = run.place.type == "cuda"
-    name, shape = "resnet50", (256, 3, 224, 224) if gpu else (8, 3, 64, 64)
-    if run.quick:
-        name, shape = "resnet8", (4, 3, 16, 16)
-    networks = Networks(name, (batch or shape[0], *shape[1:]), run.place)
-    for pattern in PATTERNS:
-        for whole in (False, True):
-            extra = {"network": name, "count": 1, "pass": "train", "dtype": "", "rows": None}
-            run.add(
-                "network", networks, lambda p=pattern, w=whole: network_group(networks, p, w), extra
-            )
+    kind = "quick" if run.quick else run.place.type
+    for name, shape in NETWORKS[kind]:
+        networks = Networks(name, (batch or shape[0], *shape[1:]), run.place)
+        for pattern in PATTERNS:
+            for whole in (False, True):
+                extra = {"network": name, "count": 1, "pass": "train", "dtype": "", "rows": None}
+                make = partial(network_group, networks, pattern, whole)
+                run.add("network", networks, make, extra)
 
 
 def run(
@@ -217,7 +226,7 @@ def _ratio(op: str, case: str, mode: str, found: dict[str, dict]) -> dict[str, A
     products = [row for name, row in found.items() if name.startswith("torch/w*m")]
     product = min(products, key=lambda row: row["median_us"], default=None)
     parts = {"ours": ours, "module": found.get(OURS[1]), "product": product}
-    parts["prune"] = found.get(PRUNE)
+    parts["prune"], parts["premasked"] = found.get(PRUNE), found.get(PREMASKED)
     line = {"op": op, "case": case, "mode": mode, "dense_us": dense["median_us"]}
     for name, row in parts.items():
         line[name] = round(row["median_us"] / dense["median_us"], 3) if row else None
@@ -300,10 +309,11 @@ def save(result: dict[str, Any]) -> Path:
 
 def table_of_ratios(lines: Sequence[dict]) -> list[list[str]]:
     """Cells of the ratios, headed by a line."""
-    head = ["op", "case", "mode", "dense", "ours", "module", "w*m", "prune", "faster than w*m"]
+    head = ["op", "case", "mode", "dense", "ours", "module", "premasked", "w*m", "prune"]
+    head.append("faster than w*m")
     cells = [[*head, "memory: dense", "ours", "w*m"]]
     for line in lines:
-        values = [line[name] for name in ("ours", "module", "product", "prune")]
+        values = [line[name] for name in ("ours", "module", "premasked", "product", "prune")]
         against = line["product"] or line["prune"]
         gain = f"{against / line['ours']:.2f}x" if against else ""
         memory = [line["dense_bytes"], line["ours_bytes"]]

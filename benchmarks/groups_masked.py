@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import grad as convolution
 
-from sparse_cocktail import convert, models, ops
+from sparse_cocktail import convert, models, ops, premasked
 from sparse_cocktail.modules import MaskedConv2d, MaskedLinear, masked_layers
 from sparse_cocktail.pruning import followers, prune_
 
@@ -24,9 +24,10 @@ from peers_masked import product, pruned_network  # isort: skip
 from shapes import Case, Held, LayerInputs, like_weight  # isort: skip
 from timing import Bound, Group, Impl  # isort: skip
 
-__all__ = ["OURS", "Networks", "layer_group", "network_group", "routes"]
+__all__ = ["OURS", "PREMASKED", "Networks", "layer_group", "network_group", "routes"]
 
 OURS = ("ours/op", "ours/module")  # as dispatched; a network has the second
+PREMASKED = "ours/premasked"  # all W*m of a network in one call, kept for the backward
 CONVERTED = "torch/dense, converted"  # masked modules without a mask
 BOUND = 2.0  # times the error of plain torch
 LOOKED_AT = {2: (64, 64, 64), 4: (2, 16, 16)}  # rows or images, outputs, inputs of a layer
@@ -352,6 +353,7 @@ def network_group(
 
     found = {
         "ours/module": ours,
+        PREMASKED: copy.deepcopy(ours),
         CONVERTED: convert(copy.deepcopy(plain), channels_last=True),
         DENSE: copy.deepcopy(plain),
         PRUNE: pruned(plain),
@@ -360,11 +362,15 @@ def network_group(
         if key not in networks.gates:
             networks.gates[key] = _network_gate(networks, make)
 
+    def around(model: nn.Module) -> AbstractContextManager:
+        return premasked(model, keep=True) if model is found[PREMASKED] else nullcontext()
+
     def bind(model: nn.Module) -> Callable:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
 
         def step() -> tuple[nn.Module, Tensor]:
-            loss, logits = networks.loss(model)
+            with around(model):
+                loss, logits = networks.loss(model)
             loss.backward()
             if whole:
                 optimizer.step()
@@ -376,10 +382,14 @@ def network_group(
         return lambda _: Bound(step, reset)
 
     def memory(model: nn.Module) -> int:
+        def forward() -> Tensor:
+            with around(model):
+                return networks.loss(model)[0]
+
         model.zero_grad()
         if networks.device.type == "cuda":
-            return peak_bytes(lambda: networks.loss(model)[0].backward() or model.zero_grad())
-        return saved_bytes(lambda: networks.loss(model)[0], list(model.parameters()))
+            return peak_bytes(lambda: forward().backward() or model.zero_grad())
+        return saved_bytes(forward, list(model.parameters()))
 
     def impl(name: str, model: nn.Module) -> Impl:
         kind = Dense if name in (DENSE, CONVERTED) else list

@@ -6,7 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MaskedBatchNorm2d", "share_hooks"]
+__all__ = ["MaskedBatchNorm2d", "share_hooks", "stamp"]
+
+
+def stamp(tensor: Tensor) -> tuple[int, int] | None:
+    """Changes when the tensor is written or replaced. None: it cannot tell."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
 
 
 def share_hooks(made: nn.Module, layer: nn.Module) -> None:
@@ -14,6 +19,9 @@ def share_hooks(made: nn.Module, layer: nn.Module) -> None:
     for name, table in vars(layer).items():
         if "_hook" in name:
             setattr(made, name, table)
+
+
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 
 
 class MaskedBatchNorm2d(nn.BatchNorm2d):
@@ -44,6 +52,34 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
         self.masked = live is not None
         if live is not None:
             self.live.copy_(live)
+            self.set_whole(bool(live.all()))
+
+    _whole: tuple[int, int] | None = None  # stamp of `live` while no channel of it is silent
+
+    def set_whole(self, whole: bool) -> None:
+        """Say whether the present `live` keeps every channel: then there is nothing to silence.
+
+        `set_live` and `Cocktail.activate` do it.
+        """
+        vars(self)["_whole"] = stamp(self.live) if whole else None  # quicker than nn.Module's way
+
+    def _nothing_silent(self, x: Tensor) -> bool:
+        """Not in graphs, which outlive a mask, nor under gradient checkpointing, where a switch of
+        masks before the backward must not change how many tensors are saved."""
+        if torch.compiler.is_compiling() or _saving_hooks(True) is not None:
+            return False
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        return self._whole is not None and self._whole == stamp(self.live)
+
+    # Copies and moved modules know nothing yet: their stamp may come to equal an old one.
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_whole": None}
+
+    def _apply(self, *args, **kwargs):
+        self._whole = None
+        return super()._apply(*args, **kwargs)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -61,7 +97,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
             missing.append(prefix + "live")
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.masked:
+        if not self.masked or self._nothing_silent(x):
             return super().forward(x)
         self._check_input_dim(x)
         batch_statistics = self.training or self.running_mean is None

@@ -193,10 +193,9 @@ class Cocktail(Costs):
     def _set_masks(self, subnet: Subnet) -> None:
         masked = subnet.row is not None
         layers = list(self.layers.values())
-        for layer in layers:
-            layer.masked = masked
-        for norm, _ in self._silenced:
-            norm.masked = masked
+        for module in (*layers, *(norm for norm, _ in self._silenced)):
+            if module.masked is not masked:
+                module.masked = masked
         if masked:
             # read anew each time: model.to() replaces buffers, load_state_dict(assign=True) weights
             self.bank.weights[:] = [layer.weight for layer in layers]
@@ -206,6 +205,8 @@ class Cocktail(Costs):
                 layer.set_rows(rows)
             norms = [norm.live for norm, _ in self._silenced]
             _copy(norms, [subnet.live[index] for _, index in self._silenced])
+            for norm, index in self._silenced:
+                norm.set_whole(len(subnet.rows[index]) == norm.num_features)
         self.active = subnet.name
 
     @contextmanager

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .batch_norm import share_hooks
+from .batch_norm import share_hooks, stamp
 from .ops.dispatch import check_bits, check_padding
 from .packing import forget, packed_weight
 from .patterns import Pattern, parse
@@ -40,11 +40,6 @@ FEW_ROWS = 0.7
 FEW_PRODUCTS = {"cpu": 2**24, "cuda": 2**32}
 
 
-def _stamp(tensor: Tensor) -> tuple[int, int] | None:
-    """Changes when the tensor is written or replaced. None: it cannot tell."""
-    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
-
-
 class _Masked(nn.Module):
     """What MaskedLinear and MaskedConv2d share: one mask buffer of fixed address, and its manners.
 
@@ -65,7 +60,7 @@ class _Masked(nn.Module):
         self.register_buffer("mask_bits", bits, persistent=False)
         live = torch.ones(weight.shape[0], dtype=torch.bool, device=weight.device)
         self.register_buffer("live", live, persistent=False)
-        self.register_buffer("rows", None, persistent=False)
+        self.rows: Tensor | None = None
 
     def set_mask(self, mask: Tensor | Pattern | str | None) -> None:
         """Set or clear the mask, in place.
@@ -123,20 +118,23 @@ class _Masked(nn.Module):
 
         `set_mask` and `Cocktail.activate` do it. Where few are left, only they are computed.
         """
-        few = rows is not None and len(rows) <= FEW_ROWS * self.weight.shape[0]
-        self.rows = rows.to(self.mask_bits.device) if few else None
-        self._known = _stamp(self.mask_bits)
+        bits = self.mask_bits
+        few = rows is not None and len(rows) <= FEW_ROWS * len(bits)
+        # past nn.Module's slow way of setting attributes: every activate() comes here
+        vars(self).update(rows=rows.to(bits.device) if few else None, _known=stamp(bits))
 
     def _live_rows(self, x: Tensor) -> Tensor | None:
         """The rows to compute, or None for all: in graphs, which outlive a mask, always all."""
         if torch.compiler.is_compiling():  # first: a graph must not depend on what follows
             return None
+        if self.rows is None:
+            return None
         products = x.numel() * (self.weight.numel() // max(1, self.weight.shape[1]))
-        if self.rows is None or products < FEW_PRODUCTS.get(x.device.type, 0):
+        if products < FEW_PRODUCTS.get(x.device.type, 0):
             return None
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        if self._known is None or self._known != _stamp(self.mask_bits):
+        if self._known is None or self._known != stamp(self.mask_bits):
             self.set_rows(ops.live_rows(self.mask_bits))  # written by another hand, moved or copied
         return self.rows
 
@@ -158,7 +156,9 @@ class _Masked(nn.Module):
     def _made_weight(self, x: Tensor) -> Tensor | None:
         """W*m as `premasked` has made it, where it suits x."""
         made = self.premasked
-        return made if made is not None and made.dtype == ops.autocast_dtype(x) else None
+        if made is None or made.dtype != ops.autocast_dtype(x) or self._live_rows(x) is not None:
+            return None
+        return made
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

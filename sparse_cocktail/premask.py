@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,34 +16,40 @@ __all__ = ["premasked"]
 
 
 @contextmanager
-def premasked(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[None]:
+def premasked(
+    model: nn.Module | Iterable[nn.Module], dtype: torch.dtype | None = None, keep: bool = False
+) -> Iterator[None]:
     """Inside, layers with a mask take their W*m from one `masked_weights` call.
 
-    Wrap the forward pass; its backward may come later and makes W*m of one layer at a time anew.
-    While the block lasts, one copy of the masked weights is held in `dtype`: this trades memory for
-    launches, which pays where a network of small layers runs eagerly on a GPU. A layer whose input
-    has another dtype masks its own weight as always, and so do layers with few live rows.
+    Wrap the forward pass; its backward may come later. While the block lasts, one copy of the
+    masked weights is held in `dtype`: this trades memory for launches and calls, which pays for
+    networks of small layers. A layer whose input has another dtype masks its own weight as always,
+    and so does one that computes only a few live rows.
 
     Args:
-        model: a model with masked layers, as `convert` makes it.
+        model: a model with masked layers, as `convert` makes it, or some of these layers.
         dtype: of the copies; by default autocast's where it is on, else that of the weights.
+        keep: keep the copies for the backward, as `F.linear(x, w * m)` does. Otherwise it makes
+            W*m of one layer at a time anew.
     """
-    layers = [m for m in masked_layers(model).values() if m.masked and m.rows is None]
+    found = masked_layers(model).values() if isinstance(model, nn.Module) else model
+    layers = [m for m in found if m.masked and (keep or m.rows is None)]
     if dtype is None and layers:
         device = layers[0].weight.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
     copies = _Copies()
-    for dense_grad in (False, True):
-        some = [layer for layer in layers if layer.dense_grad is dense_grad]
-        for weight_dtype in {layer.weight.dtype for layer in some}:
-            copies.add([m for m in some if m.weight.dtype == weight_dtype], dtype, dense_grad)
+    groups: dict[tuple, list] = {}
+    for layer in layers:
+        groups.setdefault((layer.weight.dtype, layer.dense_grad), []).append(layer)
+    for (_, dense_grad), some in groups.items():
+        copies.make(some, dtype, dense_grad, keep)
     try:
-        with saved_tensors_hooks(copies.pack, copies.unpack):
+        with nullcontext() if keep else saved_tensors_hooks(copies.pack, copies.unpack):
             yield
     finally:
         for layer in layers:
-            layer.premasked = None
+            vars(layer)["premasked"] = None
         copies.known.clear()
 
 
@@ -53,12 +59,12 @@ class _Copies:
     def __init__(self) -> None:
         self.known: dict[int, tuple] = {}  # by address; the copies live as long as their entry
 
-    def add(self, layers: list, dtype: torch.dtype | None, dense_grad: bool) -> None:
+    def make(self, layers: list, dtype: torch.dtype | None, dense_grad: bool, keep: bool) -> None:
         weights, bits = [m.weight for m in layers], [m.mask_bits for m in layers]
         made = ops.masked_weights(weights, bits, dtype, dense_grad)
         for layer, copy, weight, words in zip(layers, made, weights, bits, strict=True):
-            layer.premasked = copy
-            if copy.numel():
+            vars(layer)["premasked"] = copy  # quicker than nn.Module's way of setting attributes
+            if copy.numel() and not keep:
                 address = copy.untyped_storage().data_ptr()
                 held = weight.detach(), words
                 self.known[address] = copy, held, [t._version for t in held]

@@ -313,8 +313,8 @@ def masked_conv2d(
     return F.conv2d(x, masked, bias, stride, padding, dilation, groups)
 
 
-def convolution_grad(
-    wanted: int,
+def convolution_grads(
+    wanted: tuple[bool, bool],
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -322,13 +322,17 @@ def convolution_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-) -> Tensor:
-    """One gradient of F.conv2d: that of x (`wanted` = 0) or of the weight (1). The values of that
-    one are not read, only its shape and memory format."""
-    which = [wanted == 0, wanted == 1, False]
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, which
-    )[wanted]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of F.conv2d by x and by the weight, the wanted ones. Of a tensor whose gradient
+    alone is wanted only shape and memory format are read."""
+    return torch.ops.aten.convolution_backward.default(
+        grad, x, weight, None, stride, padding, dilation, False, [0, 0], groups, [*wanted, False]
+    )[:2]
+
+
+def convolution_grad(wanted: int, *args) -> Tensor:
+    """One gradient of F.conv2d: that by x (`wanted` = 0) or by the weight (1)."""
+    return convolution_grads((wanted == 0, wanted == 1), *args)[wanted]
 
 
 def masked_conv2d_input_grad(

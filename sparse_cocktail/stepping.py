@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from .methods import Context, Method, Pass
+from .premask import premasked
 from .recalibrate import frozen_statistics
 from .schedules import length_in_steps
 
 __all__ = ["Stepper"]
 
+# Bytes of masked weights up to which a pass makes them all in one call and keeps them for its
+# backward: calls cost more than memory there.
+_SMALL = 2**22
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,7 +91,8 @@ class Stepper:
             wait = self.distributed and not (last and index == len(parts) - 1)
             with ctx.network.no_sync() if wait else nullcontext():
                 with self._autocast():
-                    output = ctx.network(_transformed(each, x))
+                    with self._premasked():
+                        output = ctx.network(_transformed(each, x))
                     loss = self._loss(each, output, target, teacher)
                 share = len(x) / total
                 self.scaler.scale(loss * (each.weight * share)).backward()
@@ -114,6 +119,12 @@ class Stepper:
         update = ctx.config.teacher_statistics == "update"
         with nullcontext() if update else frozen_statistics(ctx.model), self._autocast():
             return ctx.model(x)
+
+    def _premasked(self):
+        layers = self.ctx.cocktail.layers.values()
+        if self.ctx.config.compile or sum(m.weight.nbytes for m in layers) > _SMALL:
+            return nullcontext()
+        return premasked(layers, keep=True)
 
     def _autocast(self):
         dtype = _AUTOCAST.get(self.ctx.config.precision)

@@ -360,6 +360,23 @@ def test_silenced_channels_are_exactly_zero(arguments, training):
         assert not parameter.grad[~live].any() and parameter.grad[live].all()
 
 
+@pytest.mark.parametrize("how", ["written", "copied", "moved", "activated"])
+def test_norm_without_silent_channels_sees_the_next_mask(how):
+    """Where no channel is silent it computes as its parent, and must notice when that ends."""
+    layer, _ = norm_pair({})
+    live, x = torch.tensor([True, False, True, False]), torch.randn(3, 4, 5, 5)
+    layer.set_live(torch.ones(4, dtype=torch.bool))
+    assert layer(x)[:, 1].any()
+    if how == "copied":
+        layer = copy.deepcopy(layer)
+    if how == "moved":
+        layer = layer.double().float()
+    if how == "activated":
+        layer.set_whole(True)
+    layer.live.copy_(live)
+    assert not layer(x)[:, ~live].any()
+
+
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_norm_from_and_to_dense(arguments, dtype):

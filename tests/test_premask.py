@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sparse_cocktail import Cocktail, convert, models
+from sparse_cocktail import Cocktail, MaskedLinear, convert, models
 from sparse_cocktail.premask import premasked
 
 SUBNETS = ("unstructured-0.5", "channel-0.5", "2:4", "dense")
@@ -34,15 +34,20 @@ def as_always(model):
     return premasked(nn.Sequential())  # no masked layer in it
 
 
+def kept(model):
+    return premasked((m for m in model.modules() if hasattr(m, "mask_bits")), keep=True)
+
+
 @pytest.mark.parametrize("subnet", SUBNETS)
 @pytest.mark.parametrize("mode", ["plain", "dense_grad", "autocast"])
-def test_equals_layer_by_layer(cocktail, subnet, mode):
+@pytest.mark.parametrize("inside", [premasked, kept], ids=["made anew", "kept"])
+def test_equals_layer_by_layer(cocktail, subnet, mode, inside):
     model, x = cocktail.model.train(), torch.randn(4, 1, 8, 8)
     cocktail.activate(subnet)
     for layer in cocktail.layers.values():
         layer.dense_grad = mode == "dense_grad"
     expected = pass_of(copy.deepcopy(model), x, as_always, mode == "autocast")
-    got = pass_of(copy.deepcopy(model), x, premasked, mode == "autocast")
+    got = pass_of(copy.deepcopy(model), x, inside, mode == "autocast")
     assert len(got) == len(expected) > 1
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -58,6 +63,43 @@ def test_no_copy_is_kept_for_the_backward(cocktail):
         assert not any(copy.expired() for copy in copies)
     assert all(m.premasked is None for m in layers) and all(copy.expired() for copy in copies)
     loss.backward()
+
+
+def test_kept_copies_serve_the_backward_after_the_block(cocktail):
+    """As in `F.linear(x, w * m)`, a later write to the weight does not matter to them."""
+    model = copy.deepcopy(cocktail.model).train()
+    layers = [m for m in model.modules() if hasattr(m, "mask_bits")]
+    for layer in layers:
+        layer.set_mask("unstructured-0.5")
+    x = torch.randn(4, 1, 8, 8)
+    expected = pass_of(model, x, as_always)
+    model.zero_grad(set_to_none=True)
+    with premasked(model, keep=True):
+        loss = model(x).square().mean()
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(2)
+    loss.backward()
+    got = [p.grad for p in model.parameters() if p.grad is not None]
+    torch.testing.assert_close(got, expected[1:])
+
+
+def test_kept_copies_of_an_unused_layer_and_of_a_second_derivative():
+    used, unused = (MaskedLinear(8, 6) for _ in range(2))
+    for layer in (used, unused):
+        layer.set_mask("2:4")
+    x = torch.randn(5, 8, requires_grad=True)
+    with premasked([used, unused], keep=True):
+        y = used(x)
+    (first,) = torch.autograd.grad(y.square().sum(), used.weight, create_graph=True)
+    first.square().sum().backward()
+    assert unused.weight.grad is None and unused.weight.requires_grad
+    weight = used.weight.detach().clone().requires_grad_()
+    plain = nn.functional.linear(x, weight * used.mask, used.bias)
+    (expected,) = torch.autograd.grad(plain.square().sum(), weight, create_graph=True)
+    torch.testing.assert_close(first, expected)
+    expected.square().sum().backward()
+    torch.testing.assert_close(used.weight.grad, weight.grad)
 
 
 @pytest.mark.parametrize("change", ["bits", "weight"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -168,12 +168,13 @@ def define(
     check: Callable,
     cpp: Callable | None = None,
     triton: Callable | None = None,
+    cuda: Callable | None = None,
 ) -> Callable:
     """Define one op. `check(*args)` raises on bad input, for real and fake tensors alike.
 
     Args:
         schema: as in torch.library, without the namespace.
-        reference, cpp, triton: implementations with the op's arguments.
+        reference, cpp, triton, cuda: implementations with the op's arguments.
         fake: shapes and dtypes of the outputs, without data.
 
     Returns:
@@ -185,6 +186,8 @@ def define(
         table["cpp"] = cpp
     if triton is not None:
         table["triton"] = triton
+    if cuda is not None:
+        table["cuda"] = cuda
     _implementations[op] = table
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     arguments = getattr(torch.ops.sparse_cocktail, op).default._schema.arguments
@@ -208,6 +211,11 @@ def define(
     return getattr(torch.ops.sparse_cocktail, op).default
 
 
+def undispatched(op: str) -> Callable:
+    """An op with its checks, but past PyTorch's dispatcher: for eager tensors without gradient."""
+    return _kernels[op]
+
+
 def gradient(
     op: str, backward: Callable, setup_context: Callable, plain: Callable | None = None
 ) -> Callable:
@@ -224,10 +232,10 @@ def gradient(
     torch.library.register_autograd(
         f"sparse_cocktail::{op}", backward, setup_context=setup_context, lib=_library
     )
-    overload, kernel = getattr(torch.ops.sparse_cocktail, op).default, _kernels[op]
+    overload, computed = getattr(torch.ops.sparse_cocktail, op).default, undispatched(op)
 
     def forward(ctx, *args):
-        result = kernel(*args)
+        result = computed(*args)
         setup_context(ctx, args, result)
         return result
 
@@ -238,16 +246,16 @@ def gradient(
         if plain is not None and torch._C._are_functorch_transforms_active():
             return plain(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
-        if not _eager(tensors):
+        if not eager(tensors):
             return overload(*args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function.apply(*args)
-        return kernel(*args)
+        return computed(*args)
 
     return call
 
 
-def _eager(tensors: list[Tensor]) -> bool:
+def eager(tensors: Sequence[Tensor]) -> bool:
     """Whether nobody looks at ops but autograd: no compiler, mode, transform or tensor subclass."""
     return (
         not torch.compiler.is_compiling()

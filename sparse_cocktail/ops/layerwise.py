@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference import convolution_grad
+from ..reference import convolution_grad, convolution_grads
 from .dispatch import chosen, inside
 from .masked import maskable
 
-__all__ = ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "is_channels_last"]
+__all__ = ["conv2d", "conv2d_grads", "conv2d_input_grad", "conv2d_weight_grad"]
+__all__ += ["is_channels_last"]
 __all__ += ["linear", "linear_input_grad", "linear_weight_grad", "unpacked"]
 
 
@@ -73,7 +74,7 @@ def _spread(
     return whole if ordered is part else whole.permute(0, 3, 1, 2)
 
 
-_scratch = threading.local()
+_scratch = threading.local()  # `held`, its memory, and `views` of it by what they hold
 _MOST_SCRATCH = 2**26  # bytes; larger masked weights get memory of their own
 
 
@@ -83,17 +84,30 @@ def _live_weight(weight: Tensor, bits: Tensor, rows: Tensor | None, dtype: torch
     weight, bits = _take(weight, rows), _take(bits, rows)
     if weight.device.type != "cpu" or chosen("masked_weight", weight.device) != "cpp":
         return _masked_weight(weight, bits, dtype)
+    masked = _scratch_for(weight, dtype)
+    if masked is None:
+        return _masked_weight(weight, bits, dtype)
+    _cpp.masked_weights_into([weight], [bits.contiguous()], [masked])
+    return masked
+
+
+def _scratch_for(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Scratch in the shape and strides of a weight; None where there is none for it."""
+    views = _scratch.__dict__.setdefault("views", {})
+    key = weight.shape, weight.stride(), weight.dtype, dtype
+    if key in views:
+        return views[key]
     size = weight.numel() * dtype.itemsize
     like = torch.empty_like(weight, dtype=dtype, device="meta")
     if size > _MOST_SCRATCH or not maskable(weight, like):
-        return _masked_weight(weight, bits, dtype)
+        return None
     held = getattr(_scratch, "held", None)
-    if held is None or held.numel() < size:
-        with torch.inference_mode(False):  # it outlives the mode
+    with torch.inference_mode(False):  # it outlives the mode
+        if held is None or held.numel() < size:
+            views.clear()
             held = _scratch.held = torch.empty(size, dtype=torch.uint8)
-    masked = held[:size].view(dtype).as_strided(like.shape, like.stride())
-    _cpp.masked_weights_into([weight], [bits.contiguous()], [masked])
-    return masked
+        views[key] = held[:size].view(dtype).as_strided(like.shape, like.stride())
+    return views[key]
 
 
 def _weight_grad(
@@ -157,6 +171,14 @@ def conv2d_input_grad(grad, x, weight, bits, rows, geometry) -> Tensor:
     rows = _usable(rows, geometry)
     live = _live_weight(weight, bits, rows, grad.dtype)
     return convolution_grad(0, _take(grad, rows, 1), x, live, *unpacked(geometry))
+
+
+def conv2d_grads(grad, x, weight, bits, rows, geometry, dense_grad) -> tuple[Tensor, Tensor]:
+    """Both gradients at once: half of the calls."""
+    rows = _usable(rows, geometry)
+    grad, live = _take(grad, rows, 1), _live_weight(weight, bits, rows, grad.dtype)
+    grad_x, part = convolution_grads((True, True), grad, x, live, *unpacked(geometry))
+    return grad_x, _weight_grad(part, weight, bits, rows, dense_grad)
 
 
 def conv2d_weight_grad(grad, x, weight, bits, rows, geometry, dense_grad) -> Tensor:

@@ -16,8 +16,11 @@ from .dispatch import (
     check_weight,
     check_weights,
     define,
+    eager,
     gradient,
+    inside,
     lazy_triton,
+    undispatched,
 )
 from .masks import packed, strided
 
@@ -57,6 +60,10 @@ def _masked_weights_cpp(weights, bits, dtype=None, dense_grad=False) -> list[Ten
     dtype = dtype or own
     if dtype != own and (own, dtype) not in _CASTS:
         return [w.to(dtype) for w in _masked_weights_cpp(weights, bits)]
+    results = [torch.empty_like(w, dtype=dtype) for w in weights]
+    if all(map(maskable, weights, results)):
+        _cpp.masked_weights_into(weights, packed(bits), results)
+        return results
     sources = [strided(w) for w in weights]
     results = [torch.empty_like(s, dtype=dtype) for s in sources]
     for index, (source, result) in enumerate(zip(sources, results, strict=True)):
@@ -161,16 +168,36 @@ _weights = define(
 def _save_weights(ctx, inputs, output) -> None:
     weights, bits, _, ctx.dense_grad = inputs
     save_bits(ctx, *bits)
-    ctx.dtypes = [w.dtype for w in weights]
+    ctx.dtype = weights[0].dtype if weights else None
 
 
 def _weights_backward(ctx, grads):
     bits = saved_bits(ctx, "masked_weights")
+    used = [i for i, grad in enumerate(grads) if grad is not None]
     if ctx.dense_grad:
-        grads = [grad.to(dtype) for grad, dtype in zip(grads, ctx.dtypes, strict=True)]
+        made = [grads[i].to(ctx.dtype) for i in used]
     else:
-        grads = [_weight(*each) for each in zip(grads, bits, ctx.dtypes, strict=True)]
-    return grads, [None] * len(bits), None, None
+        some = [grads[i] for i in used]
+        unseen = not torch.is_grad_enabled() and eager(some)
+        mask = _unchecked_weights if unseen else masked_weights
+        made = mask(some, [bits[i] for i in used], ctx.dtype, False)
+    by_weight = dict(zip(used, made, strict=True))
+    return [by_weight.get(i) for i in range(len(bits))], [None] * len(bits), None, None
+
+
+class _EagerWeights(torch.autograd.Function):
+    """The op's gradient in plain eager mode, without its way through PyTorch's dispatcher, which
+    converts every tensor of a list three times."""
+
+    @staticmethod
+    def forward(ctx, bits, dtype, dense_grad, *weights):
+        ctx.set_materialize_grads(False)
+        _save_weights(ctx, (weights, bits, dtype, dense_grad), None)
+        return tuple(_weights_kernel(weights, bits, dtype, dense_grad))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, None, None, *_weights_backward(ctx, grads)[0]
 
 
 def masked_weights(
@@ -181,7 +208,12 @@ def masked_weights(
 ) -> list[Tensor]:
     """`masked_weight` of a whole list of weights in one call; with `dense_grad` their gradients
     are not masked (straight-through)."""
-    return _weights(list(weights), list(bits), dtype, dense_grad)
+    weights, bits = list(weights), list(bits)
+    if not eager((*weights, *bits)):
+        return _weights(weights, bits, dtype, dense_grad)
+    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        return list(_EagerWeights.apply(bits, dtype, dense_grad, *weights))
+    return _weights_kernel(weights, bits, dtype, dense_grad)
 
 
 def live_rows(bits: Tensor) -> Tensor:
@@ -220,5 +252,6 @@ def _plain_weight(weight, bits, dtype=None) -> Tensor:
     return reference.straight(weight, bits, dtype or weight.dtype, False)
 
 
+_weights_kernel, _unchecked_weights = undispatched("masked_weights"), inside("masked_weights")
 _weight = gradient("masked_weight", _weight_backward, _save_weight, _plain_weight)
 gradient("masked_weights", _weights_backward, _save_weights)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from . import layerwise
-from .dispatch import define, gradient
+from .dispatch import chosen, define, eager, gradient
 from .layerwise import is_channels_last, unpacked
 from .masked import save_bits, saved_bits
 from .masked_linear import autocast_input, check_layer, check_rows, fused, unchecked
@@ -133,13 +133,29 @@ def _conv_backward(ctx, grad):
     bits, x, weight = saved_bits(ctx, "masked_conv2d")
     rows = ctx.rows
     grad_x = grad_weight = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = _input_grad(grad, x, weight, bits, rows, ctx.geometry)
-    if ctx.needs_input_grad[1]:
-        grad_weight = _weight_grad(grad, x, weight, bits, rows, ctx.geometry, ctx.dense_grad)
+    if all(ctx.needs_input_grad[:2]) and _together(ctx, grad, x, weight):
+        of_layer = grad, x, weight, bits, rows, ctx.geometry, ctx.dense_grad
+        grad_x, grad_weight = layerwise.conv2d_grads(*of_layer)
+    else:
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_grad(grad, x, weight, bits, rows, ctx.geometry)
+        if ctx.needs_input_grad[1]:
+            grad_weight = _weight_grad(grad, x, weight, bits, rows, ctx.geometry, ctx.dense_grad)
     if ctx.needs_input_grad[3]:
         grad_bias = grad.sum((0, 2, 3)).to(ctx.bias_dtype)
     return grad_x, grad_weight, None, grad_bias, None, None, None
+
+
+def _together(ctx, *tensors: Tensor) -> bool:
+    """Whether both gradients come from one call: it costs half, but is no op and has no gradient of
+    its own."""
+    rows = ctx.rows is None or not ctx.dense_grad  # the dense gradient needs all rows
+    return (
+        rows
+        and not torch.is_grad_enabled()
+        and eager(tensors)
+        and chosen("masked_conv2d_weight_grad", tensors[0].device) == "cpp"
+    )
 
 
 def _save_input_grad(ctx, inputs, output) -> None:

@@ -39,6 +39,8 @@ def strided(weight: Tensor) -> Tensor:
     """The weight itself where C++ can walk it (its taps have one common stride), else a copy."""
     if weight.dim() < 4 or weight.is_contiguous():
         return weight
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
     taps = [(n, s) for n, s in zip(weight.shape[2:], weight.stride()[2:], strict=True) if n != 1]
     merge = all(a[1] == b[0] * b[1] for a, b in zip(taps, taps[1:], strict=False))
     return weight if merge else weight.contiguous()
