@@ -10,6 +10,8 @@
     masked_tiles.py   of the masked products: tile sizes, words of bits to registers, geometry
     masked_linear.py  masked matrix product and its two gradients
     masked_conv.py    the same as convolution, and without tensor cores for groups of few channels
+    nm.py        compress and decompress, for every n < m <= 32
+    nm_linear.py product of a compressed weight, its values spread in registers
     launch.py   the order in which the kernels of one selection run
 
 Nothing here is imported before a Triton op is called.
