@@ -1,7 +1,8 @@
 # Everything a checkout needs. `demo`, `test` and `lint` set up .venv themselves, once.
 #   PYTHON=python3.12   the interpreter that .venv is made from
 #   SYSTEM_TORCH=1      use PYTHON with its own torch: no .venv, no network, only the C++ build
-#   OUT=folder          where demo (runs/digits), bench and gpu (benchmarks/results) leave files
+#   OUT=folder          where demo (runs/digits), cuda-check (build), bench and gpu
+#                       (benchmarks/results) leave files
 
 PYTHON ?= python3
 SYSTEM_TORCH ?=
@@ -31,7 +32,7 @@ TESTERS := $(VENV)/.testers
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench gpu gpu-smoke lint clean
+.PHONY: help demo test bench cuda-check gpu gpu-smoke lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets (the default)
@@ -46,6 +47,9 @@ test: $(EXTENSION) $(TESTERS)  ## run the test suite; TEST_ARGS="-k masks -n 0"
 
 bench: $(EXTENSION)  ## time the mask ops on this CPU; BENCH_ARGS="--cases resnet50 --threads 1"
 	$(PY) -m sparse_cocktail.cli bench masks $(if $(OUT),--out "$(OUT)") $(BENCH_ARGS)
+
+cuda-check: | $(SET_UP)  ## compile the CUDA kernels for all cards and read them; needs nvcc, no GPU
+	$(PY) tests/cuda_check.py $(if $(OUT),--out "$(OUT)")
 
 # Both use PYTHON with its own torch, as SYSTEM_TORCH=1 does, and build, test and measure in one go.
 gpu-smoke:  ## on a machine with a GPU: build, the tests of the masks, a short bench (2 minutes)

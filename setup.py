@@ -6,10 +6,17 @@ The extension registers its ops through torch's stable ABI and uses no Python AP
     pip install .                          regular install
     python setup.py build_ext --inplace    only the extension, into this checkout
     SPARSE_COCKTAIL_NO_EXT=1 pip install . pure Python: slower on the CPU, same results
+
+CUDA kernels go into the same file where torch has CUDA and nvcc is there. Nothing of it asks for a
+driver or a card: ops on the CPU work without. TORCH_CUDA_ARCH_LIST chooses the cards, in torch's
+words, and SPARSE_COCKTAIL_CUDA_ARCHS="80 90a" in nvcc's, for a faster build on one machine;
+SPARSE_COCKTAIL_NO_CUDA=1 leaves CUDA out.
 """
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +25,10 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 10)
 TARGET = "0x020a000000000000"  # the stable ABI of torch 2.10: newer features stay out of reach
+# Cards that the kernels are compiled for. wgmma exists on sm_90a alone, and torch's own choice for
+# such a card would be sm_90; later cards compile the PTX of sm_80 when they load it.
+CUDA_ARCHS = "80+PTX 86 89 90a"
+MIN_NVCC = (12, 5)  # knows mma.sp::ordered_metadata
 
 
 def stop(reason: str, remedy: str) -> None:
@@ -51,21 +62,64 @@ def load_cpp_extension():
     return cpp_extension
 
 
-def usable_cuda_sources(cpp_extension) -> list[str]:
-    """The CUDA kernels that can be built here; says which ones cannot, and why."""
-    import torch
-
-    found = sources("csrc/cuda/*.cu")
-    if torch.version.cuda is None:
-        reason = f"torch {torch.__version__} has no CUDA"
-    elif cpp_extension.CUDA_HOME is None:
-        reason = "there is no nvcc; set CUDA_HOME"
-    else:
-        return found
+def usable_cuda_sources(cpp_extension) -> tuple[list[str], list[str]]:
+    """The CUDA kernels that can be built here and their -gencode flags; says why, if none can."""
+    found, flags = sources("csrc/cuda/*.cu"), []
+    reason = why_no_cuda(cpp_extension)
+    if reason is None:
+        flags = cuda_arch_flags()
+        reason = None if flags else "none of the chosen architectures is sm_80 or later"
+    if reason is None:
+        return found, flags
     if found:
         names = ", ".join(Path(source).stem for source in found)
         print(f"sparse-cocktail: building without the CUDA kernels {names}: {reason}")
-    return []
+    return [], []
+
+
+def why_no_cuda(cpp_extension) -> str | None:
+    import torch
+
+    if os.environ.get("SPARSE_COCKTAIL_NO_CUDA") == "1":
+        return "SPARSE_COCKTAIL_NO_CUDA=1"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} has no CUDA"
+    if cpp_extension.CUDA_HOME is None:
+        return "there is no nvcc; set CUDA_HOME"
+    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    try:
+        says = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    except OSError as error:
+        return f"nvcc does not start ({error}); set CUDA_HOME"
+    found = re.search(r"release (\d+)\.(\d+)", says)
+    version = (int(found[1]), int(found[2])) if found else (0, 0)
+    if version < MIN_NVCC:
+        return f"{nvcc} is of CUDA {version[0]}.{version[1]}, and 12.5 is the oldest that will do"
+    if version[0] != int(torch.version.cuda.split(".")[0]):
+        return f"{nvcc} is of CUDA {version[0]}, and torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def cuda_arch_flags() -> list[str]:
+    """One -gencode per card, or two with +PTX. Any of them keeps torch from adding its guesses."""
+    ours = os.environ.get("SPARSE_COCKTAIL_CUDA_ARCHS", "")
+    torchs = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(".", "")
+    flags = []
+    for arch in re.split(r"[;,\s]+", ours.strip() or torchs.strip() or CUDA_ARCHS):
+        parts = re.fullmatch(r"(\d+)([af]?)(\+PTX)?", arch)
+        if parts is None:
+            stop(
+                f"the list of CUDA architectures has {arch!r}, which is no number like 80 or 90a",
+                'set TORCH_CUDA_ARCH_LIST="8.0;9.0a" or SPARSE_COCKTAIL_CUDA_ARCHS="80 90a"',
+            )
+        if int(parts[1]) < 80:
+            print(f"sparse-cocktail: no CUDA kernels for sm_{parts[1]}: sparse MMA is of sm_80")
+            continue
+        # 90 and 90a are the same cards, and only the latter may use wgmma
+        name = "90a" if parts[1] == "90" else parts[1] + parts[2]
+        for kind in ("sm", "compute") if parts[3] else ("sm",):
+            flags.append(f"-gencode=arch=compute_{name},code={kind}_{name}")
+    return list(dict.fromkeys(flags))
 
 
 def extension() -> dict:
@@ -74,17 +128,20 @@ def extension() -> dict:
         print("sparse-cocktail: SPARSE_COCKTAIL_NO_EXT=1, installing without compiled kernels")
         return {}
     cpp_extension = load_cpp_extension()
-    cuda = usable_cuda_sources(cpp_extension)
+    cuda, cuda_archs = usable_cuda_sources(cpp_extension)
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     define = f"-DTORCH_TARGET_VERSION={TARGET}"
     # No -march=native: the binary must run on machines other than the one that built it. The prefix
     # map keeps the build folder out of error messages.
-    cxx = ["-O3", "-std=c++17", "-Wall", "-g0", define, f"-fmacro-prefix-map={ROOT}/="]
+    prefix = f"-fmacro-prefix-map={ROOT}/="
+    cxx = ["-O3", "-std=c++17", "-Wall", "-g0", define, prefix]
+    # USE_CUDA shows torch's C functions for streams; threads compile the architectures side by side
+    nvcc = ["-O3", "-std=c++17", define, "-DUSE_CUDA", f"-Xcompiler={prefix}", "--threads=4"]
     module = kind(
         "sparse_cocktail._C",
         sources("csrc/cpu/*.cpp") + cuda,
         depends=sources("csrc/**/*.h"),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++17", define]},
+        extra_compile_args={"cxx": cxx, "nvcc": nvcc + cuda_archs},
         py_limited_api=True,
     )
     ninja = cpp_extension.is_ninja_available()

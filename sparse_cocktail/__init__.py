@@ -12,9 +12,10 @@ from .batch_norm import MaskedBatchNorm2d  # noqa: E402
 from .cocktail import Cocktail, Subnet  # noqa: E402
 from .conversion import convert  # noqa: E402
 from .modules import MaskedConv2d, MaskedLinear  # noqa: E402
+from .nm_modules import NMConv2d, NMLinear  # noqa: E402
 from .patterns import NM, Block, Channel, Dense, Unstructured, parse  # noqa: E402
 from .premask import premasked  # noqa: E402
-from .pruning import prune_, to_dense  # noqa: E402
+from .pruning import prune_, to_compressed, to_dense  # noqa: E402
 from .recalibrate import recalibrate  # noqa: E402
 
 __version__ = "0.1.0"
@@ -29,6 +30,8 @@ __all__ = [
     "MaskedBatchNorm2d",
     "MaskedConv2d",
     "MaskedLinear",
+    "NMConv2d",
+    "NMLinear",
     "Subnet",
     "Unstructured",
     "convert",
@@ -38,6 +41,7 @@ __all__ = [
     "premasked",
     "prune_",
     "recalibrate",
+    "to_compressed",
     "to_dense",
     "train",
 ]

@@ -28,8 +28,8 @@ from .cocktail_file import (
 from .costs import Costs
 from .modules import masked_layers
 from .ops.dispatch import check_padding
-from .patterns import Dense, Pattern, Unstructured, parse
-from .pruning import followers, output_layers, to_dense
+from .patterns import NM, Dense, Pattern, Unstructured, parse
+from .pruning import followers, output_layers, to_compressed, to_dense
 from .recalibrate import norm_layers, recalibrate
 from .selection import magnitude_masks
 
@@ -272,10 +272,19 @@ class Cocktail(Costs):
 
     # ---- export ----------------------------------------------------------------------------------
 
-    def export(self, name: str) -> nn.Module:
-        """A copy of the model in plain torch.nn layers, in eval mode, with the mask baked in."""
+    def export(self, name: str, plain: bool = False) -> nn.Module:
+        """A copy of the model for inference, in eval mode, without what was pruned.
+
+        Args:
+            name: of a subnet.
+            plain: torch.nn layers alone, the mask baked in as zeros. Otherwise that is so too, but
+                layers of an N:M subnet are `NMLinear` and `NMConv2d`, which hold what is kept.
+        """
+        subnet = self.subnet(name)
         with self.preserved_statistics():
             self.activate(name)
+            if isinstance(subnet.pattern, NM) and not plain:
+                return to_compressed(self.model, subnet.pattern).eval()
             return to_dense(self.model).eval()
 
     # ---- state, for checkpoints ------------------------------------------------------------------

@@ -9,7 +9,7 @@ it, are masked too, so that the masked network equals the physically slimmed one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "evaluating",
     "masked_layers",
     "output_positions",
+    "padded",
 ]
 
 
@@ -272,7 +273,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
             return super().forward(x)
         if (made := self._made_weight(x)) is not None:
             return self._conv_forward(x.to(made.dtype), made, self._live_bias(made.dtype))
-        x, padding = self._pad(x)
+        x, padding = padded(x, self.padding_mode, self._reversed_padding_repeated_twice)
         if (packed := packed_weight(self, x)) is not None:
             geometry = self.weight.shape, self.stride, padding, self.dilation
             return ops.sparse_conv2d(x, *packed, self._live_bias(), *geometry)
@@ -288,15 +289,6 @@ class MaskedConv2d(_Masked, nn.Conv2d):
             self.dense_grad,
             self._live_rows(x),
         )
-
-    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Symmetric zero padding is left to the convolution; every other kind is done here."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        if self.padding_mode != "zeros":
-            return F.pad(x, (left, right, top, bottom), mode=self.padding_mode), (0, 0)
-        if left == right and top == bottom:
-            return x, (top, left)
-        return F.pad(x, (left, right, top, bottom)), (0, 0)
 
     @staticmethod
     def _arguments(layer: nn.Conv2d) -> dict:
@@ -314,6 +306,21 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     def to_dense(self) -> nn.Conv2d:
         """A plain nn.Conv2d with its own parameters, the mask baked in as zeros."""
         return self._baked(nn.Conv2d(**self._arguments(self)))
+
+
+def padded(x: Tensor, mode: str, pads: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    """x, and the padding that is left to the convolution: symmetric zeros are, others done here.
+
+    Args:
+        mode: as `padding_mode` of nn.Conv2d.
+        pads: left, right, top, bottom.
+    """
+    left, right, top, bottom = pads
+    if mode != "zeros":
+        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+    if left == right and top == bottom:
+        return x, (top, left)
+    return F.pad(x, (left, right, top, bottom)), (0, 0)
 
 
 def masked_layers(model: nn.Module) -> dict[str, MaskedLinear | MaskedConv2d]:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .modules import MaskedConv2d, MaskedLinear, masked_layers
-from .patterns import Dense, Pattern, parse
+from .nm_modules import NMConv2d, NMLinear
+from .patterns import NM, Dense, Pattern, parse
 from .selection import eligible, magnitude_masks
 
-__all__ = ["followers", "output_layers", "prune_", "to_dense"]
+__all__ = ["followers", "output_layers", "prune_", "to_compressed", "to_dense"]
 
 
 def prune_(
@@ -72,6 +73,33 @@ def prune_(
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a model in plain torch.nn layers with parameters of its own, masks baked in."""
+    return _replaced(model, lambda layer: layer.to_dense())
+
+
+def to_compressed(model: nn.Module, pattern: str | NM) -> nn.Module:
+    """A copy of a model for inference, its masked layers in compressed N:M layers.
+
+    Layers without a mask, or too narrow for the pattern, and all BatchNorms become plain ones.
+
+    Args:
+        pattern: N:M; every mask keeps at most n of every m weights along the inputs.
+
+    Raises:
+        ValueError: for another pattern, and for a mask that does not fit it.
+    """
+    layers, pattern = {MaskedLinear: NMLinear, MaskedConv2d: NMConv2d}, parse(pattern)
+
+    def make(layer: nn.Module) -> nn.Module:
+        whole = type(layer) not in layers or not layer.masked
+        if whole or eligible(layer.weight.shape, pattern):
+            return layer.to_dense()
+        return layers[type(layer)].from_masked(layer, pattern)
+
+    return _replaced(model, make)
+
+
+def _replaced(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy of a model with other modules in the place of its masked ones."""
     model = copy.deepcopy(model)
     if hasattr(model, "conversion"):
         del model.conversion
@@ -80,7 +108,7 @@ def to_dense(model: nn.Module) -> nn.Module:
         if not isinstance(module, (MaskedLinear, MaskedConv2d, MaskedBatchNorm2d)):
             continue
         if module not in made:
-            made[module] = module.to_dense()
+            made[module] = make(module)
         if not name:
             return made[module]
         parent, _, child = name.rpartition(".")

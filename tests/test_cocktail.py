@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from sparse_cocktail import Cocktail, MaskedLinear, Unstructured, convert, models, ops
+from sparse_cocktail import Cocktail, MaskedLinear, NMLinear, Unstructured, convert, models, ops
 from sparse_cocktail.files import write_tensors
 
 PATTERNS = ("unstructured-0.8", "channel-0.5", "2:4", "1:8", "block-1x4-0.5")
@@ -172,7 +172,7 @@ def test_export_is_plain_torch_and_equal(name):
     cocktail.activate("2:4")
     cocktail.model.train()
     state = {n: t.clone() for n, t in cocktail.model.state_dict().items()}
-    exported = cocktail.export(name)
+    exported = cocktail.export(name, plain=True)
     assert_equal(cocktail.model.state_dict(), state)
     assert cocktail.active == "2:4" and cocktail.model.training and not exported.training
     assert all(type(m).__module__.startswith("torch.nn") for m in exported.modules())
@@ -188,7 +188,8 @@ def test_export_is_plain_torch_and_equal(name):
 def test_export_of_a_model_that_is_one_layer():
     cocktail = Cocktail(MaskedLinear(8, 4))
     cocktail.add("2:4")
-    assert type(cocktail.export("2:4")) is nn.Linear
+    assert type(cocktail.export("2:4", plain=True)) is nn.Linear
+    assert type(cocktail.export("2:4")) is NMLinear
 
 
 # ---- state for checkpoints -----------------------------------------------------------------------

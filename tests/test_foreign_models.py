@@ -154,7 +154,7 @@ def test_a_subnet_is_the_plain_network_with_masked_weights(made, pattern):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_export_is_a_plain_network_that_computes_the_same(made, pattern):
     _, plain, cocktail, x = made
-    exported = cocktail.export(pattern)
+    exported = cocktail.export(pattern, plain=True)
     assert [type(m) for m in exported.modules()] == [type(m) for m in plain.modules()]
     with cocktail.using(pattern), torch.no_grad():
         found = logits(cocktail.model(x))

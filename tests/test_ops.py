@@ -140,6 +140,38 @@ def _sparse(weight, bits):
     return ops.sparse_pack(weight, bits)
 
 
+def _compressed(*shape, n=2, m=4, grad=True, **options):
+    """Values that may ask for a gradient, and bits, of a random weight."""
+    values, bits = ops.nm_compress(torch.randn(shape), n, m, **options)
+    return values.requires_grad_(grad), bits
+
+
+def _compress_samples():
+    yield weight_of(3, 8), 2, 4, None, None
+    yield weight_of(3, 8), 2, 4, ops.nm_mask(weight_of(3, 8), 1, 4), torch.bfloat16
+    yield channels_last(weight_of(3, 36, 3, 3)), 1, 3, None, None
+    yield weight_of(3, 8, 2, 2), 3, 8, None, None
+
+
+def _nm_linear_samples():
+    yield weight_of(3, 8), *_compressed(5, 8), 2, 4, weight_of(5), "none"
+    yield weight_of(36), *_compressed(5, 36, n=1, m=3), 1, 3, None, "gelu"
+    half = _compressed(5, 40, n=4, m=8, dtype=torch.bfloat16)
+    yield weight_of(2, 3, 40, dtype=torch.bfloat16), *half, 4, 8, weight_of(5), "relu"
+    yield weight_of(20, 8), *_compressed(5, 8, dtype=torch.float16), 2, 4, None, "none"
+
+
+def _packed(*shape, dtype=torch.bfloat16):
+    return ops.nm_pack_weight(torch.randn(shape), dtype=dtype)
+
+
+def _packed_samples():
+    half = torch.bfloat16
+    yield weight_of(3, 8, dtype=half), *_packed(5, 8), 5, weight_of(5), "none", "auto"
+    yield weight_of(2, 3, 68, dtype=half), *_packed(70, 68), 70, None, "gelu", "auto"
+    yield weight_of(8, dtype=half), *_packed(5, 8), 5, None, "relu", "reference"
+
+
 SAMPLES = {
     "block_masks": lambda: [
         (_lists()[0], [3], [2, 4], None),
@@ -167,9 +199,24 @@ SAMPLES = {
         ([weight_of(4, 8), weight_of(6, 36, 3, 1)], _lists()[1], dtype, dense_grad)
         for dtype, dense_grad in ((None, False), (torch.bfloat16, True))
     ],
+    "nm_compress": _compress_samples,
+    "nm_decompress": lambda: [
+        (*_compressed(3, 8), 2, 4, [3, 8]),
+        (*_compressed(3, 36, 2, 3, n=1, m=3), 1, 3, [3, 36, 2, 3]),
+    ],
+    "nm_linear": _nm_linear_samples,
+    "nm_linear_packed": _packed_samples,
     "nm_mask": lambda: [
         (weight_of(3, 8, 3, 3), 2, 4),
         (channels_last(weight_of(3, 8, 3, 3)), 1, 2),
+    ],
+    "nm_pack": lambda: [
+        (*_compressed(5, 12, grad=False, dtype=torch.bfloat16), 2, 4),
+        (*_compressed(70, 68, n=1, m=2, grad=False, dtype=torch.float16), 1, 2),
+    ],
+    "nm_pack_weight": lambda: [
+        (weight_of(5, 12, grad=False), None, torch.bfloat16),
+        (weight_of(70, 68, grad=False).half(), ops.nm_mask(weight_of(70, 68), 1, 4), None),
     ],
     "nm_row_": lambda: [(weights, 2, 4, rows[0], s) for weights, _, rows, s in [_rows()]],
     "pack_mask": lambda: [(torch.rand(3, 40, 3, 3) < 0.5,), (torch.rand(40, 3).t() < 0.5,)],
@@ -218,7 +265,7 @@ def results_of(op, backend):
             if result is None:
                 pairs = zip(arguments, written, strict=True)
                 result = [a for a, is_written in pairs if is_written and a is not None]
-            results += result if isinstance(result, list) else [result]
+            results += result if isinstance(result, (list, tuple)) else [result]
     return results
 
 
@@ -229,7 +276,7 @@ def results_of(op, backend):
 def test_backends_agree_in_values_and_strides(op, backend, device_of):
     if device_of(backend) != torch.device("cpu"):
         pytest.skip(f"{backend}: does not take the CPU tensors of the samples")
-    products = op.startswith(("masked_linear", "masked_conv2d", "sparse_"))
+    products = op.startswith(("masked_linear", "masked_conv2d", "sparse_", "nm_linear"))
     tolerance = {} if products else {"rtol": 0, "atol": 0}
     expected = results_of(op, "reference")
     assert expected

@@ -175,6 +175,73 @@ def sparse(
     _finish(program, result, files, save_choices)
 
 
+@bench.command()
+def nm(
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results (default: benchmarks/results/nm)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="small layers, few samples")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="threads on the CPU (default: torch's)", min=1)
+    ] = None,
+    cases: Annotated[
+        str,
+        typer.Option(help="of compress,llama-7b,vit-l16,vit-b16,resnet50,square (default: all)"),
+    ] = "",
+    rows: Annotated[str, typer.Option(help="of x, such as 1,16,256 (default: powers of 2)")] = "",
+    patterns: Annotated[str, typer.Option(help="such as 2:4,4:8")] = "",
+    dtypes: Annotated[str, typer.Option("--dtype", help="of fp32,bf16,fp16")] = "",
+    tiles: Annotated[
+        bool, typer.Option("--tiles", help="also every tile of our kernels (GPU)")
+    ] = False,
+    pictures: Annotated[bool, typer.Option(help="draw a PNG file too")] = True,
+    redraw: Annotated[
+        Path | None, typer.Option(help="only table and picture again, from this JSON")
+    ] = None,
+    save_choices: Annotated[
+        bool,
+        typer.Option("--save-choices", help="write the table that chooses between routes"),
+    ] = False,
+) -> None:
+    """Time N:M weights: compressing them, and products by every route, against dense ones.
+
+    Every result is compared with its definition before it is timed. The exit code is 1 when one of
+    ours is wrong.
+    """
+    program = _checkout("bench_nm")
+    _check_choices("nm", save_choices, quick)
+    if redraw is not None:
+        _redraw(program, redraw, pictures, save_choices)
+        return
+    _check_device("nm", device)
+    result, files = program.run(
+        out,
+        device,
+        quick,
+        threads,
+        _names(cases),
+        numbers("bench nm", "rows", rows),
+        _names(patterns),
+        _names(dtypes),
+        tiles,
+        pictures,
+        _tell,
+    )
+    _tell(program.summary(result))
+    _finish(program, result, files, save_choices)
+
+
+def numbers(what: str, argument: str, text: str) -> list[int]:
+    """Whole numbers from a list such as 1,16,256."""
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise ValueError(
+            f"{what}: {argument}={text!r} is not a list of whole numbers such as 1,16,256"
+        ) from None
+
+
 def _check_choices(what: str, save_choices: bool, quick: bool) -> None:
     if save_choices and quick:
         raise ValueError(

@@ -124,7 +124,7 @@ def export(
         by_size = max_flops is None and max_ms is None
         example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))
         subnet = cocktail.pick(**limits, example_input=example).name
-    network = cocktail.export(subnet)
+    network = cocktail.export(subnet, plain=True)
     if out.suffix == ".safetensors":
         facts = {"factory": getattr(network, "factory", None), "subnet": subnet}
         write_tensors(out, network.state_dict(), facts)
@@ -217,15 +217,15 @@ def _machine() -> None:
 
 
 def _choices() -> None:
-    from ..ops import routes
+    from ..ops import nm_routes, routes
 
     here = routes.this_card()
-    for card in sorted({*routes.cards(), here}):
+    for card in sorted({*routes.cards(), *nm_routes.cards(), here}):
         title = f"{card} (this machine)" if card == here else card
         table = Table(
             "op / dtype / sizes / density", "route", "faster by", title=title, pad_edge=False
         )
-        for bucket, row in routes.table(card).items():
+        for bucket, row in {**routes.table(card), **nm_routes.table(card)}.items():
             table.add_row(bucket, row["route"], f"{row['ratio']:.2f}x")
         if not table.rows:
             route = "dense" if card.startswith("cpu-") else "layer"
@@ -233,6 +233,7 @@ def _choices() -> None:
         console.print(table)
     console.print(
         "Measured by 'sparse-cocktail bench masked --save-choices' (GPU: fused, layer) and "
-        "'sparse-cocktail bench sparse --save-choices' (CPU: sparse, dense).",
+        "'sparse-cocktail bench sparse --save-choices' (CPU: sparse, dense). Layers with N:M "
+        "weights: 'sparse-cocktail tune'; what it does not list is dense.",
         soft_wrap=True,
     )

@@ -24,6 +24,8 @@ from .masks import (
     topk_masks,
     unpack_mask,
 )
+from .nm import nm_compress, nm_decompress, nm_linear
+from .nm_packed import nm_linear_packed, nm_pack, nm_pack_weight
 from .routes import ROUTES, route
 from .rows import nm_row_, topk_row_, unified_rows_, workspace
 from .sparse_product import sparse_conv2d, sparse_linear, sparse_pack
@@ -53,7 +55,13 @@ __all__ = [
     "masked_weight",
     "masked_weight_",
     "masked_weights",
+    "nm_compress",
+    "nm_decompress",
+    "nm_linear",
+    "nm_linear_packed",
     "nm_mask",
+    "nm_pack",
+    "nm_pack_weight",
     "nm_row_",
     "pack_mask",
     "route",
