@@ -74,7 +74,7 @@ class _Run:
         self.place, self.quick, self.tell = place, quick, tell
         few = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
         if place.type == "cpu":
-            self.plan = few if quick else Plan(seconds=0.2, few=3, many=20, most=40)
+            self.plan = few if quick else Plan(seconds=0.2, many=20, most=40)
             self.compress_plan = few if quick else Plan(seconds=0.5, few=3, many=10, most=40)
         else:
             self.plan = few if quick else Plan(seconds=0.03, many=10, most=30, rounds=5)

@@ -1,33 +1,38 @@
 """Layers for inference from compressed N:M weights.
 
 An `NMLinear` or `NMConv2d` is what is kept of a weight: `values` and `bits`, as `ops.nm_compress`
-makes them. That is what its state dict has, on every machine. The first forward on a device makes
-what the fastest way there reads (`ops.nm_routes`): for sparse tensor cores the packed form takes
-the place of the values; where dense is faster, the layer holds the dense weight, and its `repr`
-says so.
+makes them. That is what its state dict has, on every machine. How it multiplies is chosen for the
+device (`ops.nm_routes`), and each way reads a form of its own: the compressed weight, that which is
+packed for sparse tensor cores, or the dense one where that is faster. The first forward makes it
+and keeps the values beside it; `pack` drops what is not read.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from . import ops
+from .batch_norm import stamp
 from .modules import MaskedConv2d, MaskedLinear, padded
 from .ops import nm_routes
-from .ops.nm import check_groups, check_inputs
+from .ops.layerwise import is_channels_last
+from .ops.nm import check_dtype, check_groups, check_inputs
 from .patterns import NM, parse
 from .reference import bits_shape
 from .reference_nm import nm_unpack, values_shape
 
-__all__ = ["NMConv2d", "NMLinear"]
+__all__ = ["NMConv2d", "NMLinear", "nm_pattern"]
 
 
-def _nm(op: str, pattern: NM | str) -> NM:
+def nm_pattern(op: str, pattern: NM | str) -> NM:
+    """The N:M pattern of a name; ValueError for another one."""
     pattern = parse(pattern)
     if not isinstance(pattern, NM):
         raise ValueError(
@@ -37,125 +42,247 @@ def _nm(op: str, pattern: NM | str) -> NM:
     return pattern
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A weight as the routes of a plan read it; never changed, so that threads may share it."""
+
+    plan: nm_routes.Plan
+    source: tuple  # which values and bits it was made from
+    dtype: torch.dtype
+    values: Tensor | None = None
+    packed: Tensor | None = None
+    meta: Tensor | None = None
+    dense: Tensor | None = None
+    vendors: Tensor | None = None  # cuSPARSELt's
+
+
 class _NM(nn.Module):
     """What both layers share: a compressed weight of fixed shape, and how it is multiplied."""
 
-    values: Tensor | None
+    values: Tensor | None  # None: `pack` has dropped them, and the form has the weight
     bits: Tensor
 
     def _init_weight(self, shape: Sequence[int], pattern: NM | str, bias, device, dtype) -> None:
         name = type(self).__name__
-        self.shape, self.pattern = tuple(shape), _nm(name, pattern)
+        self.shape, self.pattern = tuple(shape), nm_pattern(name, pattern)
         check_inputs(name, "weight", shape[1], self.pattern.m)
-        values = values_shape(self.shape, self.pattern.n, self.pattern.m)
-        self.register_buffer("values", torch.zeros(values, device=device, dtype=dtype))
+        check_dtype(name, dtype)
+        n, m = self.pattern.n, self.pattern.m
+        values = torch.zeros(values_shape(self.shape, n, m), device=device, dtype=dtype)
+        self.register_buffer("values", values)
         words = torch.zeros(bits_shape(self.shape), device=device, dtype=torch.int32)
         self.register_buffer("bits", words)
         added = torch.zeros(shape[0], device=device, dtype=dtype) if bias else None
         self.register_buffer("bias", added)
-        for form in ("packed", "meta", "dense"):  # made by `pack`
-            self.register_buffer(form, None, persistent=False)
-        self.plan: nm_routes.Plan | None = None
+        self.channels_last = False  # how a dense convolution weight lies
+        self._form: _Form | None = None
+        self._rows: tuple[int, int] | None = None  # what `pack` was told
 
-    def _fill(self, weight: Tensor, bias: Tensor | None, bits: Tensor | None) -> None:
-        """Take over a dense weight, with its mask or else its largest weights."""
+    @classmethod
+    def _bits_of(cls, layer: nn.Module, masked: bool) -> Tensor | None:
+        """The mask to take over from a layer: of masked ones, and of these alone."""
+        plain, name = (nn.Linear, nn.Conv2d)[cls is NMConv2d], cls.__name__
+        if not isinstance(layer, plain):
+            raise TypeError(
+                f"{name}: layer is a {type(layer).__name__}, but it must be an nn.{plain.__name__}"
+            )
+        if masked is not getattr(layer, "masked", False):
+            has, other = ("no", "from_dense") if masked else ("a", "from_masked")
+            raise ValueError(
+                f"{name}.from_{'masked' if masked else 'dense'}: layer={type(layer).__name__} has "
+                f"{has} mask; use {name}.{other}"
+            )
+        return layer.mask_bits if masked else None
+
+    def _fill(self, layer: nn.Module, bits: Tensor | None) -> None:
+        """Take over a layer's weight, with its mask or else the largest weights."""
         n, m = self.pattern.n, self.pattern.m
+        weight, bias = layer.weight.detach(), layer.bias
         with torch.no_grad():
             if bits is not None:
+                bias = layer._live_bias()
                 check_groups(f"{type(self).__name__}.from_masked", bits, self.shape[1], n, m)
-            self.values, self.bits = ops.nm_compress(weight.detach(), n, m, bits)
+            self.values, self.bits = ops.nm_compress(weight, n, m, bits)
             self.bias = None if bias is None else bias.detach().clone()
+        self.channels_last = is_channels_last(weight)
+        self.train(layer.training)
 
     # ---- forms of the weight ---------------------------------------------------------------------
 
-    def _compressed(self) -> Tensor:
-        """The values, from whatever is held now."""
-        if self.values is not None:
-            return self.values
-        weight = self.dense
-        if weight is None:
-            weight = nm_unpack(self.packed, self.meta, self.shape[:2]).view(self.shape)
-        return ops.nm_compress(weight, self.pattern.n, self.pattern.m, self.bits)[0]
-
     @property
     def weight(self) -> Tensor:
-        """The dense weight, zero where pruned; made anew unless the layer holds it."""
-        if self.dense is not None:
-            return self.dense
+        """The dense weight, zero where pruned; made at every call."""
         n, m = self.pattern.n, self.pattern.m
-        return ops.nm_decompress(self._compressed(), self.bits, n, m, self.shape)
+        return self._laid(ops.nm_decompress(self._compressed(), self.bits, n, m, self.shape))
 
-    @torch.no_grad()
+    @property
+    def plan(self) -> nm_routes.Plan | None:
+        """Which route which number of rows takes; None before the first forward or `pack`."""
+        return None if self._form is None else self._form.plan
+
+    def _compressed(self) -> Tensor:
+        """The values, from whatever is held now."""
+        values, form = self.values, self._form
+        if values is not None:
+            return values
+        if form.values is not None:
+            return form.values
+        weight = form.dense
+        if weight is None:
+            weight = nm_unpack(form.packed, form.meta, self.shape[:2]).view(self.shape)
+        return ops.nm_compress(weight, self.pattern.n, self.pattern.m, self.bits)[0]
+
     def pack(self, rows: tuple[int, int] = nm_routes.ROWS) -> None:
-        """Choose how to multiply on the present device, and make what that reads.
+        """Choose how to multiply on the present device, and hold only what that reads.
 
-        The first forward does it. Call it before torch.compile and before capturing a CUDA graph,
-        or to say which sizes there will be.
+        It is done again after `.to` and `load_state_dict`. Call it before torch.compile and
+        torch.export, before capturing a CUDA graph, and to say which sizes there will be.
 
         Args:
             rows: the fewest and the most rows of x; images times positions of a convolution. More
                 or fewer still work, by the nearest choice.
         """
-        self._unpack()
-        self.plan = self._choices(rows)
-        self._hold(set(self.plan.routes))
+        if not isinstance(rows, (tuple, list)) or len(rows) != 2:
+            raise ValueError(
+                f"{type(self).__name__}.pack: rows={rows!r} is no pair (fewest, most); for "
+                "example (1, 4096)"
+            )
+        self._form = self._made(self._compressed(), tuple(rows))
+        self._rows, self.values = tuple(rows), None
 
-    def _hold(self, routes: set[str]) -> None:
-        """Make what these routes read, and drop the rest."""
-        if routes & {"dense", "cusparselt"}:
-            self.dense = self.weight
+    @torch.inference_mode(False)  # forms outlive the mode
+    @torch.no_grad()
+    def _made(self, values: Tensor, rows: tuple[int, int]) -> _Form:
+        bits, (n, m) = self.bits, (self.pattern.n, self.pattern.m)
+        source = values, stamp(values), bits, stamp(bits)
+        if values.is_meta:
+            return _Form(nm_routes.DENSE, source, values.dtype, dense=values.new_empty(self.shape))
+        plan = self._choices(values, rows)
+        routes, parts = set(plan.routes), {}
+        if "compressed" in routes:
+            parts["values"] = values
         if routes & {"gemm", "skinny"}:
-            values, n, m = self._flat(self.values), self.pattern.n, self.pattern.m
-            self.packed, self.meta = ops.nm_pack(values, self.bits, n, m)
-        if "compressed" not in routes:
-            self.values = None
+            parts["packed"], parts["meta"] = ops.nm_pack(self._flat(values), bits, n, m)
+        if routes & {"dense", "cusparselt"}:
+            parts["dense"] = self._laid(ops.nm_decompress(values, bits, n, m, self.shape))
+        if "cusparselt" in routes:
+            flat = parts["dense"].view(self.shape[:2])
+            parts["vendors"] = SparseSemiStructuredTensorCUSPARSELT.from_dense(flat)
+        return _Form(plan, source, values.dtype, **parts)
 
-    def _choices(self, rows: tuple[int, int]) -> nm_routes.Plan:
+    def _choices(self, values: Tensor, rows: tuple[int, int]) -> nm_routes.Plan:
         out, inputs = self.shape[:2]
-        return nm_routes.plan(self.values, self.pattern.n, self.pattern.m, out, inputs, rows)
+        return nm_routes.plan(values, self.pattern.n, self.pattern.m, out, inputs, rows)
 
-    def _unpack(self) -> None:
-        """Back to values and bits."""
+    def _current(self) -> _Form:
+        """The form of the present weight."""
+        form, values = self._form, self.values
+        if values is None:
+            return form
+        if form is not None:
+            made_from, its_stamp, bits, bits_stamp = form.source
+            same = made_from is values and bits is self.bits
+            if same and (its_stamp, bits_stamp) == (stamp(values), stamp(bits)):
+                return form
+        made = self._made(values, self._rows or nm_routes.ROWS)
+        if self._rows is None:  # else these are lent values, as functional_call does
+            self._form = made
+        return made
+
+    def _laid(self, weight: Tensor) -> Tensor:
+        """A decompressed weight in the memory format of this layer's."""
+        if self.channels_last or weight.dim() == 2:
+            return weight
+        return weight.clone(memory_format=torch.contiguous_format)  # also where it seems to be so
+
+    def _flat(self, values: Tensor) -> Tensor:
+        """Values of a 1x1 convolution as those of a linear layer."""
+        out, inputs = self.shape[:2]
+        return values.view(values_shape((out, inputs), self.pattern.n, self.pattern.m))
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _unpacked(self) -> tuple[int, int] | None:
+        """Back to values and bits; what `pack` was told."""
+        rows = self._rows
         self.values = self._compressed()
-        self.packed = self.meta = self.dense = self.plan = None
+        self._form = self._rows = None
+        return rows
+
+    def _repacked(self, rows: tuple[int, int] | None) -> None:
+        if rows is not None:
+            self.pack(rows)
 
     def _apply(self, *args, **kwargs):
-        self._unpack()
-        return super()._apply(*args, **kwargs)
+        rows = self._unpacked()
+        result = super()._apply(*args, **kwargs)
+        self._repacked(rows)
+        return result
+
+    def __getstate__(self) -> dict:
+        buffers = {**self._buffers, "values": self._compressed()}
+        state = {**self.__dict__, "_buffers": buffers, "_form": None, "_rows": None}
+        return {**state, "_told": self._rows}
+
+    def __setstate__(self, state: dict) -> None:
+        rows = state.pop("_told", None)
+        super().__setstate__(state)
+        self._repacked(rows)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "values"] = self._compressed()
+        destination[prefix + "nm"] = torch.tensor([self.pattern.n, self.pattern.m])
 
-    def _load_from_state_dict(self, *args) -> None:
-        self._unpack()
-        super()._load_from_state_dict(*args)
-
-    def _flat(self, values: Tensor) -> Tensor:
-        """Values of a 1x1 convolution as those of a linear layer."""
-        return values.view(self.shape[0], 1, -1)
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, *rest) -> None:
+        rows = self._unpacked()
+        pattern, bits = state.pop(prefix + "nm", None), state.get(prefix + "bits")
+        mine = self.pattern.n, self.pattern.m
+        if pattern is not None and tuple(pattern.tolist()) != mine:
+            n, m = pattern.tolist()
+            rest[-1].append(f"{prefix}nm: the weight is {n}:{m}, but this layer is {self.pattern}")
+        else:
+            if pattern is None and bits is not None and strict:
+                missing.append(prefix + "nm")
+            super()._load_from_state_dict(state, prefix, metadata, strict, missing, *rest)
+        self._repacked(rows)
 
     # ---- products --------------------------------------------------------------------------------
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _form_for(self, x: Tensor) -> _Form:
+        form = self._current()
+        if x.dtype != form.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"{type(self).__name__}: x has dtype {x.dtype}, but the layer has {form.dtype}; "
+                "convert one of them"
+            )
+        return form
+
+    def _product(self, x: Tensor, form: _Form) -> Tensor:
         """x (..., in) times the weight as (out, in), plus the bias."""
-        route = self.plan.route(math.prod(x.shape[:-1]))
+        out, inputs = self.shape[:2]
+        if x.shape[-1] != inputs:
+            raise ValueError(
+                f"{type(self).__name__}: x has {x.shape[-1]} inputs, but the layer has {inputs}"
+            )
+        route = form.plan.route(math.prod(x.shape[:-1]))
         if route in ("gemm", "skinny"):
-            packed = self.packed, self.meta, self.shape[0]
-            return ops.nm_linear_packed(x, *packed, self.bias, kernel=route)
+            return ops.nm_linear_packed(x, form.packed, form.meta, out, self.bias, kernel=route)
         if route == "compressed":
             pattern = self.pattern.n, self.pattern.m
-            return ops.nm_linear(x, self._flat(self.values), self.bits, *pattern, self.bias)
-        return F.linear(x, self.dense.view(self.shape[:2]), self.bias)
+            return ops.nm_linear(x, self._flat(form.values), self.bits, *pattern, self.bias)
+        weight = form.vendors if route == "cusparselt" else form.dense.view(out, inputs)
+        return F.linear(x, weight, self.bias)
 
-    def extra_repr(self) -> str:
-        runs = "not packed yet" if self.plan is None else f"runs {self.plan}"
-        shape = ", ".join(map(str, self.shape))
-        return f"{shape}, {self.pattern}, bias={self.bias is not None}, {runs}"
+    def _runs(self) -> str:
+        runs = "not packed yet" if self._form is None else f"runs {self.plan}"
+        return f"{self.pattern}, bias={self.bias is not None}, {runs}"
 
 
 class NMLinear(_NM):
     """A linear layer that multiplies from its compressed N:M weight; for inference.
+
+    Differentiable by its input. Its buffers are `values`, `bits` and `bias`.
 
     Args:
         in_features, out_features: in_features % m == 0.
@@ -176,31 +303,32 @@ class NMLinear(_NM):
         self._init_weight((out_features, in_features), pattern, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plan is None:
-            self.pack()
-        return self._product(x)
+        return self._product(x, self._form_for(x))
 
     @classmethod
     def from_masked(cls, layer: MaskedLinear, pattern: NM | str) -> NMLinear:
         """The compressed layer of a masked one whose mask keeps at most n of every m weights."""
-        return cls._from(layer, pattern, layer.mask_bits if layer.masked else None)
+        return cls._from(layer, pattern, cls._bits_of(layer, True))
 
     @classmethod
     def from_dense(cls, layer: nn.Linear, pattern: NM | str) -> NMLinear:
         """The compressed layer of a plain one, pruned to its largest weights."""
-        return cls._from(layer, pattern, None)
+        return cls._from(layer, pattern, cls._bits_of(layer, False))
 
     @classmethod
     def _from(cls, layer: nn.Linear, pattern: NM | str, bits: Tensor | None) -> NMLinear:
-        bias = layer.bias if bits is None else layer._live_bias()
-        made = cls(layer.in_features, layer.out_features, pattern, bias is not None, "meta")
-        made._fill(layer.weight, bias, bits)
-        return made.train(layer.training)
+        made = cls(layer.in_features, layer.out_features, pattern, layer.bias is not None, "meta")
+        made._fill(layer, bits)
+        return made
 
     def to_dense(self) -> nn.Linear:
         """A plain nn.Linear with zeros where the weight was pruned."""
-        plain = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta")
-        return _filled(plain, self)
+        bias = self.bias is not None
+        return _filled(nn.Linear(self.in_features, self.out_features, bias, "meta"), self)
+
+    def extra_repr(self) -> str:
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, {self._runs()}"
 
 
 class NMConv2d(_NM):
@@ -224,41 +352,45 @@ class NMConv2d(_NM):
         plain = layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
         self.pointwise = plain and not any(self._pads)
 
-    def _choices(self, rows: tuple[int, int]) -> nm_routes.Plan:
-        return super()._choices(rows) if self.pointwise else nm_routes.DENSE
+    def _choices(self, values: Tensor, rows: tuple[int, int]) -> nm_routes.Plan:
+        return super()._choices(values, rows) if self.pointwise else nm_routes.DENSE
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plan is None:
-            self.pack()
-        if self.pointwise:
-            return self._product(x.movedim(-3, -1)).movedim(-1, -3)
-        how = self.arguments
+        form, how = self._form_for(x), self.arguments
+        if self.pointwise and x.dim() in (3, 4) and form.plan.routes != ("dense",):
+            y = self._product(x.movedim(-3, -1), form).movedim(-1, -3)
+            return y.contiguous() if x.is_contiguous() and not self.channels_last else y
         x, padding = padded(x, how["padding_mode"], self._pads)
-        weight, bias = self.dense, self.bias
-        return F.conv2d(x, weight, bias, how["stride"], padding, how["dilation"], how["groups"])
+        bias, stride = self.bias, how["stride"]
+        return F.conv2d(x, form.dense, bias, stride, padding, how["dilation"], how["groups"])
 
     @classmethod
     def from_masked(cls, layer: MaskedConv2d, pattern: NM | str) -> NMConv2d:
         """The compressed layer of a masked one whose mask keeps at most n of every m weights."""
-        return cls._from(layer, pattern, layer.mask_bits if layer.masked else None)
+        return cls._from(layer, pattern, cls._bits_of(layer, True))
 
     @classmethod
     def from_dense(cls, layer: nn.Conv2d, pattern: NM | str) -> NMConv2d:
         """The compressed layer of a plain one, pruned to its largest weights."""
-        return cls._from(layer, pattern, None)
+        return cls._from(layer, pattern, cls._bits_of(layer, False))
 
     @classmethod
     def _from(cls, layer: nn.Conv2d, pattern: NM | str, bits: Tensor | None) -> NMConv2d:
         made = cls(layer, pattern, "meta")
-        made._fill(layer.weight, layer.bias if bits is None else layer._live_bias(), bits)
-        return made.train(layer.training)
+        made._fill(layer, bits)
+        return made
 
     def to_dense(self) -> nn.Conv2d:
         """A plain nn.Conv2d with zeros where the weight was pruned."""
         return _filled(nn.Conv2d(**self.arguments), self)
 
+    def extra_repr(self) -> str:
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
+        sizes = ", ".join(f"{name}={self.arguments[name]}" for name in names)
+        return f"{sizes}, {self._runs()}"
+
 
 def _filled(plain: nn.Module, layer: _NM) -> nn.Module:
-    plain.weight = nn.Parameter(layer.weight.clone())
+    plain.weight = nn.Parameter(layer.weight)
     plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
     return plain.train(layer.training)

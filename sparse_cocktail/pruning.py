@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .modules import MaskedConv2d, MaskedLinear, masked_layers
-from .nm_modules import NMConv2d, NMLinear
+from .nm_modules import NMConv2d, NMLinear, nm_pattern
 from .patterns import NM, Dense, Pattern, parse
 from .selection import eligible, magnitude_masks
 
@@ -73,7 +73,7 @@ def prune_(
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a model in plain torch.nn layers with parameters of its own, masks baked in."""
-    return _replaced(model, lambda layer: layer.to_dense())
+    return _replaced(model, lambda _, layer: layer.to_dense())
 
 
 def to_compressed(model: nn.Module, pattern: str | NM) -> nn.Module:
@@ -85,30 +85,44 @@ def to_compressed(model: nn.Module, pattern: str | NM) -> nn.Module:
         pattern: N:M; every mask keeps at most n of every m weights along the inputs.
 
     Raises:
-        ValueError: for another pattern, and for a mask that does not fit it.
+        ValueError: for another pattern, for a mask that does not fit it, and where no layer has a
+            mask of it.
     """
-    layers, pattern = {MaskedLinear: NMLinear, MaskedConv2d: NMConv2d}, parse(pattern)
+    pattern = nm_pattern("to_compressed", pattern)
+    layers = masked_layers(model)
+    kept = {n for n, m in layers.items() if m.masked and not eligible(m.weight.shape, pattern)}
+    if not kept:
+        raise ValueError(
+            f"to_compressed: no layer of {type(model).__name__} has a mask of {pattern}; prune it "
+            f"with prune_(model, '{pattern}') first"
+        )
 
-    def make(layer: nn.Module) -> nn.Module:
-        whole = type(layer) not in layers or not layer.masked
-        if whole or eligible(layer.weight.shape, pattern):
+    def make(name: str, layer: nn.Module) -> nn.Module:
+        if name not in kept:
             return layer.to_dense()
-        return layers[type(layer)].from_masked(layer, pattern)
+        kind = NMConv2d if isinstance(layer, nn.Conv2d) else NMLinear
+        try:
+            return kind.from_masked(layer, pattern)
+        except ValueError as error:
+            raise ValueError(f"to_compressed: layer {name!r}: {error}") from error
 
     return _replaced(model, make)
 
 
-def _replaced(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy of a model with other modules in the place of its masked ones."""
+_OURS = (MaskedLinear, MaskedConv2d, MaskedBatchNorm2d, NMLinear, NMConv2d)
+
+
+def _replaced(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+    """A copy of a model with other modules in the place of our own, from name and module."""
     model = copy.deepcopy(model)
     if hasattr(model, "conversion"):
         del model.conversion
     made: dict[nn.Module, nn.Module] = {}  # a layer may stand under several names
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not isinstance(module, (MaskedLinear, MaskedConv2d, MaskedBatchNorm2d)):
+        if not isinstance(module, _OURS):
             continue
         if module not in made:
-            made[module] = make(module)
+            made[module] = make(name, module)
         if not name:
             return made[module]
         parent, _, child = name.rpartition(".")

@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,6 +100,13 @@ def test_from_a_plain_layer_prunes_by_magnitude(kind):
     assert torch.equal(back.weight, expected.weight * expected.mask)
 
 
+def test_no_outputs_and_no_rows():
+    for route in ROUTES:
+        with nm_routes.forced(route):
+            assert NMLinear(8, 0, "2:4")(torch.randn(3, 8)).shape == (3, 0)
+            assert NMLinear(8, 4, "2:4")(torch.randn(0, 8)).shape == (0, 4)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_gradient_of_the_input(route):
     layer, x = masked_linear(), torch.randn(5, 64, requires_grad=True)
@@ -138,7 +146,7 @@ def test_state_dict_is_the_same_however_it_runs(route):
     layer = masked_linear()
     made = NMLinear.from_masked(layer, "2:4")
     before = {k: v.clone() for k, v in made.state_dict().items()}
-    assert list(before) == ["values", "bits", "bias"]
+    assert list(before) == ["values", "bits", "bias", "nm"]
     assert before["values"].shape == (24, 1, 32) and before["bits"].shape == (24, 1, 2)
     with nm_routes.forced(route):
         made(torch.randn(2, 64))
@@ -152,48 +160,139 @@ def test_state_dict_is_the_same_however_it_runs(route):
     torch.testing.assert_close(other(x), made(x))
 
 
-def test_only_the_form_that_is_used_is_held():
+def held(layer):
+    form = layer._form
+    names = ("values", "packed", "dense")
+    return {name for name in names if getattr(form, name) is not None}
+
+
+def test_pack_holds_what_is_read_and_nothing_else():
     made = NMLinear.from_masked(masked_linear(), "2:4")
-    with nm_routes.forced("compressed"):
-        made.pack()
-    assert made.values is not None and made.dense is None and made.packed is None
     with nm_routes.forced("dense"):
+        made(torch.randn(2, 64))
+        assert held(made) == {"dense"} and made.values is not None
         made.pack()
-    assert made.values is None and made.dense is not None and "dense" in repr(made)
-    made.to(torch.float64)
-    assert made.values.dtype == torch.float64 and made.dense is None and made.plan is None
+        assert held(made) == {"dense"} and made.values is None and "runs dense" in repr(made)
+    with nm_routes.forced("compressed"):
+        made.pack((1, 8))
+        assert held(made) == {"values"} and made.values is None
+    moved = made.double()  # packed again, for as many rows as before
+    assert moved.values is None and moved.weight.dtype == torch.float64 and moved._rows == (1, 8)
     assert torch.equal(made.weight, made.to_dense().weight)
 
 
-def test_packed_form_gives_its_values_back():
-    """On a card with sparse tensor cores it takes the place of the values."""
+def as_packed(layer):
+    """As a card with sparse tensor cores holds it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nm_routes, "plan", lambda *_: nm_routes.Plan(((2**14, "gemm"),)))
+        layer.pack()
+    return layer
+
+
+def packed_layer():
     layer = masked_linear(dtype=torch.bfloat16)
     with torch.no_grad():
         layer.weight[:, ::3] = 0  # kept zeros must stay kept
     layer.set_mask("2:4")
     made = NMLinear.from_masked(layer, "2:4")
-    before, x = made.state_dict(), torch.randn(3, 64, dtype=torch.bfloat16)
-    expected = made(x)
-    made._unpack()
-    made._hold({"gemm"})
-    assert made.values is None and made.packed is not None
+    before = {k: v.clone() for k, v in made.state_dict().items()}
+    return layer, as_packed(made), before
+
+
+def test_packed_form_gives_its_values_back():
+    layer, made, before = packed_layer()
+    assert held(made) == {"packed"} and made.values is None
     after = made.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
-    clone = copy.deepcopy(made)
-    assert torch.equal(clone.weight, layer.weight * layer.mask)
-    assert torch.equal(clone.float().bfloat16()(x), expected)
+    assert torch.equal(made.weight, layer.weight * layer.mask)
 
 
-def test_copies_pickles_and_moves():
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "moved"])
+def test_a_packed_layer_goes_to_a_machine_without_tensor_cores(how):
+    layer, made, _ = packed_layer()
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    if how == "deepcopy":
+        made = copy.deepcopy(made)
+    elif how == "moved":
+        made = made.float().bfloat16()
+    else:
+        file = io.BytesIO()
+        torch.save(made, file)
+        file.seek(0)
+        made = torch.load(file, weights_only=False, map_location="cpu")
+    torch.testing.assert_close(made(x), layer(x))
+    assert "gemm" not in repr(made) and made.values is None
+
+
+def test_threads_share_a_fresh_layer():
     made = NMLinear.from_masked(masked_linear(), "2:4")
     x = torch.randn(3, 64)
-    y = made(x)
-    assert torch.equal(copy.deepcopy(made)(x), y)
-    file = io.BytesIO()
-    torch.save(made, file)
-    file.seek(0)
-    assert torch.equal(torch.load(file, weights_only=False)(x), y)
-    assert torch.equal(made.double().float()(x), y)
+    expected = copy.deepcopy(made)(x)
+    for _ in range(20):
+        fresh = copy.deepcopy(made)
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _, layer=fresh: layer(x), range(8)))
+        assert all(torch.equal(y, expected) for y in results)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["fresh", "packed"])
+def test_functional_call_uses_the_lent_weight_and_gives_it_back(packed):
+    ours, theirs = (NMLinear.from_dense(nn.Linear(64, 24), "2:4") for _ in range(2))
+    x = torch.randn(3, 64)
+    expected = copy.deepcopy(ours)(x), copy.deepcopy(theirs)(x)
+    if packed:
+        ours.pack()
+    lent = torch.func.functional_call(ours, dict(theirs.named_buffers()), x)
+    assert torch.equal(lent, expected[1]) and torch.equal(ours(x), expected[0])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_written_values_count(route):
+    made, x = NMLinear.from_masked(masked_linear(), "2:4"), torch.randn(3, 64)
+    with nm_routes.forced(route):
+        before = made(x) - made.bias
+        made.values.mul_(2)
+        torch.testing.assert_close(made(x) - made.bias, 2 * before)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_first_call_in_inference_mode(route):
+    made, x = NMLinear.from_masked(masked_linear(), "2:4"), torch.randn(3, 64)
+    with nm_routes.forced(route):
+        with torch.inference_mode():
+            y = made(x)
+        again = made(x.requires_grad_())
+    again.sum().backward()
+    assert torch.equal(y, again) and x.grad.any()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_program(strict):
+    made, x = NMLinear.from_masked(masked_linear(), "2:4"), torch.randn(3, 64)
+    made.pack()
+    program = torch.export.export(made, (x,), strict=strict)
+    torch.testing.assert_close(program.module()(x), made(x))
+
+
+def test_memory_format_follows_the_input():
+    for size in (1, 3):
+        plain = nn.Conv2d(8, 16, size, padding=size // 2)
+        made = NMConv2d.from_dense(plain, "2:4")
+        for memory in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(2, 8, 5, 5).to(memory_format=memory)
+            for route in ROUTES:
+                with nm_routes.forced(route):
+                    y = copy.deepcopy(made)(x)
+                assert y.stride() == plain(x).stride(), (size, memory, route)
+        assert made.to_dense().weight.is_contiguous()
+
+
+def test_meta_layers():
+    made = NMLinear.from_masked(masked_linear(), "2:4").to("meta")
+    assert made(torch.randn(3, 64, device="meta")).shape == (3, 24)
+    made.pack()
+    model = prune_(nn.Sequential(nn.Linear(64, 8, device="meta")), "2:4")
+    assert to_compressed(model, "2:4")[0].bits.is_meta
 
 
 # ---- errors --------------------------------------------------------------------------------------
@@ -207,6 +306,44 @@ def test_errors_name_the_rule():
     layer = masked_linear("unstructured-0.5")
     with pytest.raises(ValueError, match="NMLinear.from_masked: bits keep [34] of a group of m=4"):
         NMLinear.from_masked(layer, "2:4")
+    with pytest.raises(
+        ValueError, match="from_dense: layer=MaskedLinear has a mask; use NML.*masked"
+    ):
+        NMLinear.from_dense(layer, "2:4")
+    with pytest.raises(ValueError, match="from_masked: layer=Linear has no mask; use .*from_dense"):
+        NMLinear.from_masked(nn.Linear(8, 8), "2:4")
+    with pytest.raises(TypeError, match="NMConv2d: layer is a Conv1d, but it must be an nn.Conv2d"):
+        NMConv2d.from_dense(nn.Conv1d(8, 8, 1), "2:4")
+    with pytest.raises(TypeError, match="NMLinear: dtype=torch.int8 is not one of"):
+        NMLinear(8, 8, "2:4", dtype=torch.int8)
+    made = NMLinear(8, 8, "2:4")
+    with pytest.raises(ValueError, match=r"NMLinear.pack: rows=5 is no pair"):
+        made.pack(5)
+    with pytest.raises(TypeError, match="NMLinear: x has dtype torch.float16, but the layer has"):
+        made(torch.randn(2, 8).half())
+    with pytest.raises(ValueError, match="NMLinear: x has 9 inputs, but the layer has 8"):
+        made(torch.randn(2, 9))
+    with pytest.raises(RuntimeError, match="Expected 3D.*or 4D"):
+        NMConv2d.from_dense(nn.Conv2d(8, 8, 1), "2:4")(torch.randn(1, 1, 8, 2, 2))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("2:4", "1:2"), ("4:8", "2:4"), ("1:2", "2:4")])
+def test_a_weight_of_another_pattern_is_refused(ours, theirs):
+    state = NMLinear.from_dense(nn.Linear(8, 4), theirs).state_dict()
+    with pytest.raises(RuntimeError, match=f"nm: the weight is {theirs}, but this layer is {ours}"):
+        NMLinear(8, 4, ours).load_state_dict(state)
+
+
+def test_nothing_to_compress_is_an_error():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    with pytest.raises(
+        ValueError, match=r"to_compressed: no layer of Sequential has a mask of 2:4"
+    ):
+        to_compressed(model, "2:4")
+    with pytest.raises(ValueError, match=r"to_compressed: pattern='channel-0.5000' is not N:M"):
+        to_compressed(model, "channel-0.5")
+    with pytest.raises(ValueError, match=r"to_compressed: layer '0': .*bits keep 2 of a group"):
+        to_compressed(prune_(model, "2:4"), "1:4")
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -237,3 +374,4 @@ def test_layers_that_cannot_take_the_pattern_become_plain():
     assert [type(m) for m in made] == [nn.Linear, nn.ReLU, NMLinear]
     x = torch.randn(3, 10)
     torch.testing.assert_close(made(x), to_dense(model)(x))
+    assert [type(m) for m in to_dense(made)] == [nn.Linear, nn.ReLU, nn.Linear]
