@@ -76,7 +76,7 @@ class _NM(nn.Module):
         self.register_buffer("bias", added)
         self.channels_last = False  # how a dense convolution weight lies
         self._form: _Form | None = None
-        self._rows: tuple[int, int] | None = None  # what `pack` was told
+        self._told: tuple | None = None  # what `pack` was told: rows and mode
 
     @classmethod
     def _bits_of(cls, layer: nn.Module, masked: bool) -> Tensor | None:
@@ -132,7 +132,7 @@ class _NM(nn.Module):
             weight = nm_unpack(form.packed, form.meta, self.shape[:2]).view(self.shape)
         return ops.nm_compress(weight, self.pattern.n, self.pattern.m, self.bits)[0]
 
-    def pack(self, rows: tuple[int, int] = nm_routes.ROWS) -> None:
+    def pack(self, rows: tuple[int, int] = nm_routes.ROWS, mode: str = "eager") -> None:
         """Choose how to multiply on the present device, and hold only what that reads.
 
         It is done again after `.to` and `load_state_dict`. Call it before torch.compile and
@@ -141,23 +141,25 @@ class _NM(nn.Module):
         Args:
             rows: the fewest and the most rows of x; images times positions of a convolution. More
                 or fewer still work, by the nearest choice.
+            mode: "graph" for layers that run inside CUDA graphs, where the host's time is free.
         """
         if not isinstance(rows, (tuple, list)) or len(rows) != 2:
             raise ValueError(
                 f"{type(self).__name__}.pack: rows={rows!r} is no pair (fewest, most); for "
                 "example (1, 4096)"
             )
-        self._form = self._made(self._compressed(), tuple(rows))
-        self._rows, self.values = tuple(rows), None
+        told = tuple(rows), mode
+        self._form = self._made(self._compressed(), told)
+        self._told, self.values = told, None
 
     @torch.inference_mode(False)  # forms outlive the mode
     @torch.no_grad()
-    def _made(self, values: Tensor, rows: tuple[int, int]) -> _Form:
+    def _made(self, values: Tensor, told: tuple) -> _Form:
         bits, (n, m) = self.bits, (self.pattern.n, self.pattern.m)
         source = values, stamp(values), bits, stamp(bits)
         if values.is_meta:
             return _Form(nm_routes.DENSE, source, values.dtype, dense=values.new_empty(self.shape))
-        plan = self._choices(values, rows)
+        plan = self._choices(values, *told)
         routes, parts = set(plan.routes), {}
         if "compressed" in routes:
             parts["values"] = values
@@ -170,9 +172,9 @@ class _NM(nn.Module):
             parts["vendors"] = SparseSemiStructuredTensorCUSPARSELT.from_dense(flat)
         return _Form(plan, source, values.dtype, **parts)
 
-    def _choices(self, values: Tensor, rows: tuple[int, int]) -> nm_routes.Plan:
-        out, inputs = self.shape[:2]
-        return nm_routes.plan(values, self.pattern.n, self.pattern.m, out, inputs, rows)
+    def _choices(self, values: Tensor, rows: tuple[int, int], mode: str) -> nm_routes.Plan:
+        of_layer = self.pattern.n, self.pattern.m, *self.shape[:2]
+        return nm_routes.plan(values, *of_layer, rows, mode)
 
     def _current(self) -> _Form:
         """The form of the present weight."""
@@ -184,8 +186,8 @@ class _NM(nn.Module):
             same = made_from is values and bits is self.bits
             if same and (its_stamp, bits_stamp) == (stamp(values), stamp(bits)):
                 return form
-        made = self._made(values, self._rows or nm_routes.ROWS)
-        if self._rows is None:  # else these are lent values, as functional_call does
+        made = self._made(values, self._told or (nm_routes.ROWS, "eager"))
+        if self._told is None:  # else these are lent values, as functional_call does
             self._form = made
         return made
 
@@ -202,32 +204,32 @@ class _NM(nn.Module):
 
     # ---- state -----------------------------------------------------------------------------------
 
-    def _unpacked(self) -> tuple[int, int] | None:
+    def _unpacked(self) -> tuple | None:
         """Back to values and bits; what `pack` was told."""
-        rows = self._rows
+        told = self._told
         self.values = self._compressed()
-        self._form = self._rows = None
-        return rows
+        self._form = self._told = None
+        return told
 
-    def _repacked(self, rows: tuple[int, int] | None) -> None:
-        if rows is not None:
-            self.pack(rows)
+    def _repacked(self, told: tuple | None) -> None:
+        if told is not None:
+            self.pack(*told)
 
     def _apply(self, *args, **kwargs):
-        rows = self._unpacked()
+        told = self._unpacked()
         result = super()._apply(*args, **kwargs)
-        self._repacked(rows)
+        self._repacked(told)
         return result
 
     def __getstate__(self) -> dict:
         buffers = {**self._buffers, "values": self._compressed()}
-        state = {**self.__dict__, "_buffers": buffers, "_form": None, "_rows": None}
-        return {**state, "_told": self._rows}
+        state = {**self.__dict__, "_buffers": buffers, "_form": None, "_told": None}
+        return {**state, "_packed": self._told}
 
     def __setstate__(self, state: dict) -> None:
-        rows = state.pop("_told", None)
+        told = state.pop("_packed", None)
         super().__setstate__(state)
-        self._repacked(rows)
+        self._repacked(told)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -235,7 +237,7 @@ class _NM(nn.Module):
         destination[prefix + "nm"] = torch.tensor([self.pattern.n, self.pattern.m])
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, *rest) -> None:
-        rows = self._unpacked()
+        told = self._unpacked()
         pattern, bits = state.pop(prefix + "nm", None), state.get(prefix + "bits")
         mine = self.pattern.n, self.pattern.m
         if pattern is not None and tuple(pattern.tolist()) != mine:
@@ -245,7 +247,7 @@ class _NM(nn.Module):
             if pattern is None and bits is not None and strict:
                 missing.append(prefix + "nm")
             super()._load_from_state_dict(state, prefix, metadata, strict, missing, *rest)
-        self._repacked(rows)
+        self._repacked(told)
 
     # ---- products --------------------------------------------------------------------------------
 
@@ -352,8 +354,8 @@ class NMConv2d(_NM):
         plain = layer.kernel_size == layer.stride == (1, 1) and layer.groups == 1
         self.pointwise = plain and not any(self._pads)
 
-    def _choices(self, values: Tensor, rows: tuple[int, int]) -> nm_routes.Plan:
-        return super()._choices(values, rows) if self.pointwise else nm_routes.DENSE
+    def _choices(self, values: Tensor, rows: tuple[int, int], mode: str) -> nm_routes.Plan:
+        return super()._choices(values, rows, mode) if self.pointwise else nm_routes.DENSE
 
     def forward(self, x: Tensor) -> Tensor:
         form, how = self._form_for(x), self.arguments

@@ -186,6 +186,9 @@ def compile_and_read(source: Path, target: str, flags: Sequence[str] = ()) -> li
             errors = re.findall(r".*\berror\b.*(?:\n.*){0,2}", done.stdout + done.stderr)
             words = "\n".join(errors) or done.stderr
             raise NotCompiled(f"{source.name} does not compile for sm_{target}:\n{words}")
+        if slow := re.findall(r".*\(C7\d{3}\).*", done.stdout + done.stderr):  # serialised wgmma
+            words = "\n".join(slow)
+            raise NotCompiled(f"{source.name}: ptxas complains for sm_{target}:\n{words}")
         resources = read_resources(done.stdout + done.stderr)
         command = [cuobjdump(), "-sass", cubin]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -7,7 +7,7 @@ run side by side, and with a seed for their order warps and CTAs drift as far ap
 import pytest
 import torch
 from cuda_host import build
-from test_cuda_on_host import ACTIVATIONS, DTYPES, Product
+from cuda_host.products import ACTIVATIONS, DTYPES, Product
 
 TILES = range(1, 9)
 ORDERS = (0, 1, 7, 8)  # of the fibers: in order, backwards, shuffled

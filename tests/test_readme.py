@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_cocktail import models, ops, prune_
+from sparse_cocktail import NMConv2d, models, ops, prune_
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -43,7 +43,7 @@ def test_block_runs(block, tmp_path, monkeypatch):
     names = given(block)
     exec(compile(block, "README.md", "exec"), names)
     if "small" in names:
-        assert {type(m) for m in names["small"].modules()} >= {nn.Conv2d, nn.BatchNorm2d}
+        assert {type(m) for m in names["small"].modules()} >= {NMConv2d, nn.BatchNorm2d}
         assert (tmp_path / "menu.safetensors").stat().st_size > 1000
     if "results" in names:
         assert len(names["results"]["subnets"]) == 24
@@ -52,4 +52,4 @@ def test_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_there_are_blocks_for_every_user():
-    assert len(BLOCKS) == 6
+    assert len(BLOCKS) == 7

@@ -428,6 +428,7 @@ def nm_linear(
         activation: none, relu or gelu (the exact one).
 
     Returns:
-        (..., out) in the dtype of x. Sums, bias and activation are in float32.
+        (..., out) in the dtype of x. Sums, bias and activation are in float32; but where the CPU
+        decompresses first, for many rows of 16 bits, PyTorch rounds the sum before gelu.
     """
     return _linear(autocast_input(x), values, bits, n, m, bias, activation)
