@@ -3,16 +3,13 @@
 The same tests run on a GPU, with larger layers, and interpreted on the CPU.
 """
 
-import json
 import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from triton_compiling import SHARED, processes, reports
 
 from sparse_cocktail import ops
 
@@ -413,31 +410,15 @@ def test_tiles_follow_the_size_of_the_work(layers):
 
 # ---- without a GPU: what the compiler makes of the kernels ---------------------------------------
 
-SHARED = {"90": 227 * 1024, "80": 163 * 1024, "86": 99 * 1024}  # bytes for one program
-
 
 @pytest.fixture(scope="module")
 def compilers(tmp_path_factory):
-    """A process per target, side by side: kernels imported for the interpreter do not compile."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script, started = Path(__file__).parent / "triton_compile_masked.py", {}
-    for target in ("sm_80", "sm_90"):
-        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        command = [sys.executable, script, target]
-        started[target] = subprocess.Popen(command, env=dict(environment), **pipes)
-    yield started
-    for process in started.values():
-        process.kill()
-        process.wait()
+    yield from processes("triton_compile_masked.py", tmp_path_factory)
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def kernels(request, compilers):
-    """{name: report} of every kernel."""
-    output, errors = compilers[request.param].communicate()
-    assert compilers[request.param].returncode == 0, errors[-3000:]
-    return {row["name"]: row for row in map(json.loads, output.splitlines())}
+    return reports(compilers[request.param])
 
 
 def test_no_kernel_spills(kernels):

@@ -1,27 +1,18 @@
 """Compiles the Triton kernels of the N:M family for sm_80 or sm_90 without a GPU.
 
 Run by test_triton_nm.py in a process of its own: kernels that were imported under
-TRITON_INTERPRET=1 cannot be compiled. One JSON line per kernel: bytes of stack (spilled registers),
-registers, shared memory (bytes), and of its PTX the loads and stores of global memory, all and
-those of 16 bytes, tensor-core products and asynchronous copies.
+TRITON_INTERPRET=1 cannot be compiled. See triton_compiling.py for what it prints.
 
     python tests/triton_compile_nm.py sm_90
 """
 
-import json
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
 from sparse_cocktail.kernels import nm, nm_linear
 from sparse_cocktail.kernels.masked_tiles import GROUP, Tile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton_compiling import print_reports
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 RAW = {0: "i32", 1: "i16", 2: "i16"}  # of a format
 FORMATS = {"fp32": 0, "bf16": 1, "fp16": 2}
 PLAIN = {"words", "words_per_row", "inputs", "outputs", "kept", "stride_x", "stride_out", "part"}
@@ -119,47 +110,5 @@ def cases(capability):
     yield "sum_parts", (nm_linear.sum_parts, constants, types, set(), SMALLEST)
 
 
-def compiled(kernel, constants, types, plain, tile, capability):
-    """The compiled kernel, and its use of resources."""
-    names = kernel.arg_names
-    constants = {n: v for n, v in constants.items() if n in names}
-    signature = {n: f"*{types[n]}" if n in types else "i32" for n in names}
-    signature |= dict.fromkeys(constants, "constexpr")
-    values = {(names.index(n),): v for n, v in constants.items()}
-    divisible = [n for n in names if signature[n][0] == "*" or (n in plain and n not in constants)]
-    hints = {(names.index(n),): [["tt.divisibility", 16]] for n in divisible}
-    source = ASTSource(kernel, signature, values, hints)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(result.asm["cubin"])
-        file.flush()
-        command = [CUOBJDUMP, "-res-usage", file.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True)
-    return result, report.stdout
-
-
-def main(capability):
-    for name, case in cases(capability):
-        result, report = compiled(*case, capability)
-        ptx = result.asm["ptx"]
-        wide = r"\.global[^;\n]*\.v4\.b32"
-        row = {
-            "name": name,
-            "stack": int(re.search(r"STACK:(\d+)", report)[1]),
-            "registers": int(re.search(r"REG:(\d+)", report)[1]),
-            "shared": result.metadata.shared,
-            "loads": len(re.findall(r"\bld\.global", ptx)),
-            "wide_loads": len(re.findall(r"\bld" + wide, ptx)),
-            "stores": len(re.findall(r"\bst\.global", ptx)),
-            "wide_stores": len(re.findall(r"\bst" + wide, ptx)),
-            "products": len(re.findall(r"mma\.sync|wgmma\.mma_async", ptx)),
-            "wgmma": len(re.findall(r"wgmma\.mma_async", ptx)),
-            "copies": len(re.findall(r"cp\.async\.c[ag]", ptx)),
-            "wide_copies": len(re.findall(r"cp\.async\.cg\.shared\.global[^;]*, 0x10", ptx)),
-        }
-        print(json.dumps(row), flush=True)
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1].removeprefix("sm_")))
+    print_reports(cases, sys.argv[1])
