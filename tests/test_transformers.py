@@ -20,8 +20,9 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.nn.utils import prune
 
-from sparse_cocktail import convert
+from sparse_cocktail import NMLinear, convert, to_compressed
 from sparse_cocktail.modules import MaskedLinear, masked_layers
+from sparse_cocktail.ops import nm_routes
 from sparse_cocktail.pruning import prune_, to_dense
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -221,6 +222,24 @@ def test_generation_is_that_of_the_pruned_plain_model(pattern):
     for layer in masked_layers(ours).values():
         layer.set_mask(None)
     assert not torch.equal(found, ours.generate(prompt, **how)), "the mask changes nothing here"
+
+
+@pytest.mark.parametrize("route", ["compressed", "dense"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+@pytest.mark.parametrize("name", FACTORIES)
+def test_compressed_layers_serve_the_same_model(name, pattern, route):
+    torch.manual_seed(0)
+    ours = prune_(FACTORIES[name](), pattern).eval()
+    inputs = batch(name)
+    with nm_routes.forced(route), torch.no_grad():
+        served = to_compressed(ours, pattern).eval()
+        assert sum(isinstance(m, NMLinear) for m in served.modules()) == len(masked_layers(ours))
+        found, expected = (m(**inputs) for m in (served, ours))
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        if name == "llama":
+            tokens = inputs["input_ids"][:, :4]
+            made = (m.generate(tokens, max_new_tokens=6, do_sample=False) for m in (served, ours))
+            assert torch.equal(*made)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
