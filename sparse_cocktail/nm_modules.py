@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class _Form:
     """A weight as the routes of a plan read it; never changed, so that threads may share it."""
 
     plan: nm_routes.Plan
-    source: tuple  # which values and bits it was made from
+    source: tuple  # which values and bits it was made from; empty: nothing else holds the weight
     dtype: torch.dtype
     values: Tensor | None = None
     packed: Tensor | None = None
@@ -120,6 +120,10 @@ class _NM(nn.Module):
         """Which route which number of rows takes; None before the first forward or `pack`."""
         return None if self._form is None else self._form.plan
 
+    def compressed(self) -> tuple[Tensor, Tensor]:
+        """(values, bits) as `ops.nm_compress` gives them, also where `pack` dropped `values`."""
+        return self._compressed(), self.bits
+
     def _compressed(self) -> Tensor:
         """The values, from whatever is held now."""
         values, form = self.values, self._form
@@ -149,7 +153,8 @@ class _NM(nn.Module):
                 "example (1, 4096)"
             )
         told = tuple(rows), mode
-        self._form = self._made(self._compressed(), told)
+        made = self._made(self._compressed(), told)
+        self._form = replace(made, source=())  # which would hold the values
         self._told, self.values = told, None
 
     @torch.inference_mode(False)  # forms outlive the mode
@@ -181,7 +186,9 @@ class _NM(nn.Module):
         form, values = self._form, self.values
         if values is None:
             return form
-        if form is not None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{type(self).__name__}: call pack() before torch.compile")
+        if form is not None and form.source:
             made_from, its_stamp, bits, bits_stamp = form.source
             same = made_from is values and bits is self.bits
             if same and (its_stamp, bits_stamp) == (stamp(values), stamp(bits)):
@@ -284,7 +291,7 @@ class _NM(nn.Module):
 class NMLinear(_NM):
     """A linear layer that multiplies from its compressed N:M weight; for inference.
 
-    Differentiable by its input. Its buffers are `values`, `bits` and `bias`.
+    Differentiable by its input. Its state dict has `values`, `bits`, `bias` and `nm`, the pattern.
 
     Args:
         in_features, out_features: in_features % m == 0.

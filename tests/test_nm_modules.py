@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -131,6 +132,8 @@ def test_half_precision(dtype):
 def test_compiled_with_any_number_of_rows():
     torch._dynamo.reset()
     made = NMLinear.from_masked(masked_linear(), "2:4")
+    with pytest.raises(Exception, match=r"NMLinear: call pack\(\) before torch.compile"):
+        torch.compile(made, fullgraph=True, backend="aot_eager")(torch.randn(2, 64))
     made.pack()
     compiled = torch.compile(made, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (1, 3, 200):
@@ -173,6 +176,12 @@ def test_pack_holds_what_is_read_and_nothing_else():
         assert held(made) == {"dense"} and made.values is not None
         made.pack()
         assert held(made) == {"dense"} and made.values is None and "runs dense" in repr(made)
+    fresh = NMLinear.from_masked(masked_linear(), "2:4")
+    values = weakref.ref(fresh.values)
+    with nm_routes.forced("dense"):
+        fresh.pack()
+    assert values() is None, "the dense form keeps the values"
+    assert all(map(torch.equal, fresh.compressed(), made.compressed()))
     with nm_routes.forced("compressed"):
         made.pack((1, 8))
         assert held(made) == {"values"} and made.values is None
