@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("files", "kernels", "patterns", "schedules", "models", "distributed"),
     ("reference",),
-    ("reference_nm",),
+    ("reference_nm", "reference_soft_topk"),
     ("ops",),
     ("bank", "global_selection", "nm_formats"),
     ("selection", "packing", "batch_norm"),

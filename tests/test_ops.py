@@ -172,6 +172,22 @@ def _packed_samples():
     yield weight_of(8, dtype=half), *_packed(5, 8), 5, None, "relu", "reference"
 
 
+def _soft_topk_samples():
+    values = [weight_of(4, 8), channels_last(weight_of(6, 3, 3, 3))]
+    each = torch.rand(4, 8) + 0.5
+    yield values, None, 50.0, 3.0, None
+    yield values, [each, torch.tensor(2.0)], 50.0, 3.0, torch.zeros(2, dtype=torch.float64)
+    yield [weight_of(7, dtype=torch.bfloat16)], None, 7.0, 1.0, None
+    yield [weight_of(5, dtype=torch.float64), weight_of(0, dtype=torch.float64)], None, 2.5, 0, None
+
+
+def _soft_topk_grad_samples():
+    masks, costs = [torch.rand(4, 8), torch.rand(5)], [torch.rand(4, 8) + 0.5, torch.tensor(2.0)]
+    grads = [torch.randn(8, 4).t(), torch.randn(5)]
+    yield grads, masks, None, 3.0, torch.float32
+    yield grads, masks, costs, 3.0, torch.bfloat16
+
+
 SAMPLES = {
     "block_masks": lambda: [
         (_lists()[0], [3], [2, 4], None),
@@ -220,6 +236,8 @@ SAMPLES = {
     ],
     "nm_row_": lambda: [(weights, 2, 4, rows[0], s) for weights, _, rows, s in [_rows()]],
     "pack_mask": lambda: [(torch.rand(3, 40, 3, 3) < 0.5,), (torch.rand(40, 3).t() < 0.5,)],
+    "soft_topk_grad": _soft_topk_grad_samples,
+    "soft_topk_multi": _soft_topk_samples,
     "sparse_conv2d": lambda: [
         (x.detach(), *_sparse(weight, bits), None, list(weight.shape), [1, 1], [1, 1], [1, 1])
         for x, weight, bits, *_ in list(_conv_samples())[:2]
@@ -276,8 +294,8 @@ def results_of(op, backend):
 def test_backends_agree_in_values_and_strides(op, backend, device_of):
     if device_of(backend) != torch.device("cpu"):
         pytest.skip(f"{backend}: does not take the CPU tensors of the samples")
-    products = op.startswith(("masked_linear", "masked_conv2d", "sparse_", "nm_linear"))
-    tolerance = {} if products else {"rtol": 0, "atol": 0}
+    rounded = ("masked_linear", "masked_conv2d", "sparse_", "nm_linear", "soft_topk")
+    tolerance = {} if op.startswith(rounded) else {"rtol": 0, "atol": 0}
     expected = results_of(op, "reference")
     assert expected
     torch.testing.assert_close(results_of(op, backend), expected, check_stride=True, **tolerance)

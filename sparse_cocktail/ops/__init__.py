@@ -28,6 +28,7 @@ from .nm import nm_compress, nm_decompress, nm_linear
 from .nm_packed import nm_linear_packed, nm_pack, nm_pack_weight
 from .routes import ROUTES, route
 from .rows import nm_row_, topk_row_, unified_rows_, workspace
+from .soft_topk import soft_topk, soft_topk_multi
 from .sparse_product import sparse_conv2d, sparse_linear, sparse_pack
 from .unified import channel_masks, channel_scores, unified_masks
 
@@ -65,6 +66,8 @@ __all__ = [
     "nm_row_",
     "pack_mask",
     "route",
+    "soft_topk",
+    "soft_topk_multi",
     "sparse_conv2d",
     "sparse_linear",
     "sparse_pack",
