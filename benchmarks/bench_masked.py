@@ -24,7 +24,8 @@ from sparse_cocktail.files import read_json, write_atomic
 from sparse_cocktail.ops import routes
 from sparse_cocktail.patterns import parse
 
-from groups_masked import OURS, PREMASKED, Networks, layer_group, network_group  # isort: skip - neighbours
+from groups_masked import OURS, layer_group  # isort: skip - neighbours, not packages
+from groups_networks import PREMASKED, Networks, loop_group, network_group  # isort: skip
 from machine import cache_bytes, clocks, describe, result_name  # isort: skip
 from output import aligned, draw_bars, groups, markdown, write  # isort: skip
 from peers_masked import DENSE, PRUNE  # isort: skip
@@ -150,9 +151,10 @@ def _network(run: _Run, batch: int | None, passes: Sequence[str]) -> None:
     kind = "quick" if run.quick else run.place.type
     for name, shape in NETWORKS[kind]:
         networks = Networks(name, (batch or shape[0], *shape[1:]), run.place)
+        extra = {"network": name, "count": 1, "pass": "train", "dtype": "", "rows": None}
+        run.add("network", networks, partial(loop_group, networks, PATTERNS), extra)
         for pattern in PATTERNS:
             for whole in (False, True):
-                extra = {"network": name, "count": 1, "pass": "train", "dtype": "", "rows": None}
                 make = partial(network_group, networks, pattern, whole)
                 run.add("network", networks, make, extra)
 

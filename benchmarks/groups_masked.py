@@ -1,34 +1,28 @@
-"""The groups of `bench_masked.py`: layers and a network; what runs, which gate, which memory."""
+"""The layers of `bench_masked.py`: what runs, which gate, which memory."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import grad as convolution
 
-from sparse_cocktail import convert, models, ops, premasked
-from sparse_cocktail.modules import MaskedConv2d, MaskedLinear, masked_layers
-from sparse_cocktail.pruning import followers, prune_
+from sparse_cocktail import ops
+from sparse_cocktail.modules import MaskedConv2d, MaskedLinear
 
 from gates import Verdict  # isort: skip - neighbours, not packages
 from groups_masks import our_name  # isort: skip
-from peers_masked import DENSE, PRUNE, Way, layer_peers, mixed, plain_layer  # isort: skip
-from peers_masked import product, pruned_network  # isort: skip
-from shapes import Case, Held, LayerInputs, like_weight  # isort: skip
-from timing import Bound, Group, Impl  # isort: skip
+from peers_masked import DENSE, Way, layer_peers, mixed, plain_layer, product  # isort: skip
+from shapes import Held, LayerInputs  # isort: skip
+from timing import Group, Impl  # isort: skip
 
-__all__ = ["OURS", "PREMASKED", "Networks", "layer_group", "network_group", "routes"]
+__all__ = ["OURS", "Dense", "Rounding", "layer_group", "peak_bytes", "places", "routes"]
+__all__ += ["saved_bytes"]
 
 OURS = ("ours/op", "ours/module")  # as dispatched; a network has the second
-PREMASKED = "ours/premasked"  # all W*m of a network in one call, kept for the backward
-CONVERTED = "torch/dense, converted"  # masked modules without a mask
 BOUND = 2.0  # times the error of plain torch
 LOOKED_AT = {2: (64, 64, 64), 4: (2, 16, 16)}  # rows or images, outputs, inputs of a layer
 Tensors = list[Tensor]
@@ -69,7 +63,7 @@ class Rounding:
         return Verdict(worst, BOUND, says)
 
 
-def _places(count: int, most: int, device: torch.device) -> Tensor:
+def places(count: int, most: int, device: torch.device) -> Tensor:
     return torch.linspace(0, count - 1, min(count, most), device=device).long()
 
 
@@ -105,7 +99,7 @@ class LayerGate:
         layer, device = self.held.layer, self.held.x.device
         counts = (layer.input[0], *layer.weight[:2])
         return [
-            _places(c, s, device) for c, s in zip(counts, LOOKED_AT[len(layer.weight)], strict=True)
+            places(c, s, device) for c, s in zip(counts, LOOKED_AT[len(layer.weight)], strict=True)
         ]
 
     def _sliced(self, result: Tensors) -> Tensors:
@@ -276,133 +270,3 @@ def layer_group(
     gate = LayerGate(held, train)
     group = Group(op, setting, impls, gate, fewest, flops, weights=held.weight.numel())
     return group, {way.name: _layer_memory(way, inputs) for way in ways} if train else {}
-
-
-# ---- a network -----------------------------------------------------------------------------------
-
-
-class Networks:
-    """A plain network, its images, and the inputs of `measure`: one set, which is itself."""
-
-    def __init__(self, name: str, shape: tuple[int, ...], device: torch.device) -> None:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.plain = models.build(name, {"inputs": shape[1]})
-            self.x = torch.randn(shape)
-            self.target = torch.randint(0, 10, shape[:1])
-        self.plain.to(device, memory_format=torch.channels_last).train()
-        self.x = self.x.to(device, memory_format=torch.channels_last)
-        self.target = self.target.to(device)
-        self.device, self.sets = device, [self]
-        self.gates: dict[str, Rounding] = {}  # by pattern
-        shapes = tuple(tuple(p.shape) for p in self.plain.parameters())
-        size = "x".join(map(str, shape[2:]))
-        self.case = Case(f"{name}, {shape[0]} images of {size}", shapes)
-
-    def first(self) -> int:
-        return 0
-
-    next = first
-
-    def loss(self, model: nn.Module, exact: bool = False) -> tuple[Tensor, Tensor]:
-        """(loss, logits); on a GPU in bf16 with fp32 weights, unless `exact`."""
-        bf16 = self.device.type == "cuda" and not exact
-        with torch.autocast("cuda", torch.bfloat16) if bf16 else nullcontext():
-            logits = model(self.x.to(next(model.parameters()).dtype))
-        return F.cross_entropy(logits, self.target), logits
-
-
-def _watched(model: nn.Module) -> Tensors:
-    """Gradients that the gate looks at: of five weights, from the first layer to the last."""
-    parameters = [p for p in model.parameters() if p.dim() > 1]
-    return [parameters[i].grad for i in _places(len(parameters), 5, torch.device("cpu")).tolist()]
-
-
-def _network_gate(networks: Networks, make: Callable[[nn.Module], nn.Module]) -> Rounding:
-    """The plain network that `make` prunes, against itself in float64.
-
-    On a GPU in float32, which takes less memory: there the other one is in bfloat16.
-    """
-    gpu = networks.device.type == "cuda"
-    exact = copy.deepcopy(networks.plain).to(torch.float32 if gpu else torch.float64)
-    results = []
-    for model, wide in ((networks.plain, False), (exact, True)):
-        model = make(model)
-        loss, logits = networks.loss(model, wide)
-        loss.backward()
-        results.append([logits.detach(), *_watched(model)])
-    return Rounding(*results, torch.bfloat16 if gpu else torch.float32, norm=2)
-
-
-def network_group(
-    networks: Networks, pattern: str, whole: bool
-) -> tuple[Group, dict[str, Callable[[], int]]]:
-    """A training step of the network: plain, converted, with a mask, under torch's prune.
-
-    `whole`: with the optimizer's step, else forward, loss and backward.
-    """
-    plain = networks.plain
-    ours = prune_(convert(copy.deepcopy(plain), channels_last=True), pattern)
-    masked = masked_layers(ours)
-    masks = {name: like_weight(m.mask, m.weight) for name, m in masked.items() if m.masked}
-    names = {module: name for name, module in ours.named_modules()}
-    live = {names[norm]: norm.live for norm, _ in followers(ours, masked) if norm.masked}
-
-    def pruned(model: nn.Module) -> nn.Module:
-        return pruned_network(model, masks, live)
-
-    found = {
-        "ours/module": ours,
-        PREMASKED: copy.deepcopy(ours),
-        CONVERTED: convert(copy.deepcopy(plain), channels_last=True),
-        DENSE: copy.deepcopy(plain),
-        PRUNE: pruned(plain),
-    }
-    for key, make in ((pattern, pruned), ("", copy.deepcopy)):
-        if key not in networks.gates:
-            networks.gates[key] = _network_gate(networks, make)
-
-    def around(model: nn.Module) -> AbstractContextManager:
-        return premasked(model, keep=True) if model is found[PREMASKED] else nullcontext()
-
-    def bind(model: nn.Module) -> Callable:
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
-
-        def step() -> tuple[nn.Module, Tensor]:
-            with around(model):
-                loss, logits = networks.loss(model)
-            loss.backward()
-            if whole:
-                optimizer.step()
-            return model, logits
-
-        def reset() -> None:
-            optimizer.zero_grad()
-
-        return lambda _: Bound(step, reset)
-
-    def memory(model: nn.Module) -> int:
-        def forward() -> Tensor:
-            with around(model):
-                return networks.loss(model)[0]
-
-        model.zero_grad()
-        if networks.device.type == "cuda":
-            return peak_bytes(lambda: forward().backward() or model.zero_grad())
-        return saved_bytes(forward, list(model.parameters()))
-
-    def impl(name: str, model: nn.Module) -> Impl:
-        kind = Dense if name in (DENSE, CONVERTED) else list
-        result = lambda out: kind([out[1].detach(), *_watched(out[0])])  # noqa: E731
-        return Impl(name, bind(model), result, graph=False)
-
-    impls = [impl(name, model) for name, model in found.items()]
-    memories = {name: lambda model=model: memory(model) for name, model in found.items()}
-    setting = f"{pattern}, {'step with SGD' if whole else 'forward and backward'}"
-    size = sum(p.numel() * p.element_size() for p in plain.parameters())
-
-    def gate(out: Tensors) -> Verdict:
-        return networks.gates["" if isinstance(out, Dense) else pattern](out)
-
-    group = Group("network", setting, impls, gate, size, weights=size // 4)
-    return group, {} if whole else memories

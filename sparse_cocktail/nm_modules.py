@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ from .ops.nm import check_dtype, check_groups, check_inputs
 from .patterns import NM, parse
 from .reference import bits_shape
 from .reference_nm import nm_unpack, values_shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["NMConv2d", "NMLinear", "nm_pattern"]
 
@@ -79,9 +83,18 @@ class _NM(nn.Module):
         self._told: tuple | None = None  # what `pack` was told: rows and mode
 
     @classmethod
-    def _bits_of(cls, layer: nn.Module, masked: bool) -> Tensor | None:
-        """The mask to take over from a layer: of masked ones, and of these alone."""
-        plain, name = (nn.Linear, nn.Conv2d)[cls is NMConv2d], cls.__name__
+    def from_masked(cls, layer: MaskedLinear | MaskedConv2d, pattern: NM | str) -> Self:
+        """The compressed layer of a masked one whose mask keeps at most n of every m weights."""
+        return cls._from(layer, pattern, masked=True)
+
+    @classmethod
+    def from_dense(cls, layer: nn.Linear | nn.Conv2d, pattern: NM | str) -> Self:
+        """The compressed layer of a plain one, pruned to its largest weights."""
+        return cls._from(layer, pattern, masked=False)
+
+    @classmethod
+    def _from(cls, layer: nn.Module, pattern: NM | str, masked: bool) -> Self:
+        plain, name = cls._plain, cls.__name__
         if not isinstance(layer, plain):
             raise TypeError(
                 f"{name}: layer is a {type(layer).__name__}, but it must be an nn.{plain.__name__}"
@@ -92,7 +105,9 @@ class _NM(nn.Module):
                 f"{name}.from_{'masked' if masked else 'dense'}: layer={type(layer).__name__} has "
                 f"{has} mask; use {name}.{other}"
             )
-        return layer.mask_bits if masked else None
+        made = cls._empty(layer, pattern)
+        made._fill(layer, layer.mask_bits if masked else None)
+        return made
 
     def _fill(self, layer: nn.Module, bits: Tensor | None) -> None:
         """Take over a layer's weight, with its mask or else the largest weights."""
@@ -298,6 +313,8 @@ class NMLinear(_NM):
         pattern: N:M, such as "2:4".
     """
 
+    _plain = nn.Linear
+
     def __init__(
         self,
         in_features: int,
@@ -315,20 +332,9 @@ class NMLinear(_NM):
         return self._product(x, self._form_for(x))
 
     @classmethod
-    def from_masked(cls, layer: MaskedLinear, pattern: NM | str) -> NMLinear:
-        """The compressed layer of a masked one whose mask keeps at most n of every m weights."""
-        return cls._from(layer, pattern, cls._bits_of(layer, True))
-
-    @classmethod
-    def from_dense(cls, layer: nn.Linear, pattern: NM | str) -> NMLinear:
-        """The compressed layer of a plain one, pruned to its largest weights."""
-        return cls._from(layer, pattern, cls._bits_of(layer, False))
-
-    @classmethod
-    def _from(cls, layer: nn.Linear, pattern: NM | str, bits: Tensor | None) -> NMLinear:
-        made = cls(layer.in_features, layer.out_features, pattern, layer.bias is not None, "meta")
-        made._fill(layer, bits)
-        return made
+    def _empty(cls, layer: nn.Linear, pattern: NM | str) -> NMLinear:
+        bias = layer.bias is not None
+        return cls(layer.in_features, layer.out_features, pattern, bias, "meta")
 
     def to_dense(self) -> nn.Linear:
         """A plain nn.Linear with zeros where the weight was pruned."""
@@ -352,6 +358,8 @@ class NMConv2d(_NM):
         pattern: N:M, such as "2:4".
     """
 
+    _plain = nn.Conv2d
+
     def __init__(self, layer: nn.Conv2d, pattern: NM | str, device=None, dtype=None) -> None:
         super().__init__()
         self.arguments = MaskedConv2d._arguments(layer)
@@ -374,20 +382,8 @@ class NMConv2d(_NM):
         return F.conv2d(x, form.dense, bias, stride, padding, how["dilation"], how["groups"])
 
     @classmethod
-    def from_masked(cls, layer: MaskedConv2d, pattern: NM | str) -> NMConv2d:
-        """The compressed layer of a masked one whose mask keeps at most n of every m weights."""
-        return cls._from(layer, pattern, cls._bits_of(layer, True))
-
-    @classmethod
-    def from_dense(cls, layer: nn.Conv2d, pattern: NM | str) -> NMConv2d:
-        """The compressed layer of a plain one, pruned to its largest weights."""
-        return cls._from(layer, pattern, cls._bits_of(layer, False))
-
-    @classmethod
-    def _from(cls, layer: nn.Conv2d, pattern: NM | str, bits: Tensor | None) -> NMConv2d:
-        made = cls(layer, pattern, "meta")
-        made._fill(layer, bits)
-        return made
+    def _empty(cls, layer: nn.Conv2d, pattern: NM | str) -> NMConv2d:
+        return cls(layer, pattern, "meta")
 
     def to_dense(self) -> nn.Conv2d:
         """A plain nn.Conv2d with zeros where the weight was pruned."""

@@ -36,6 +36,8 @@ class Stepper:
         self.losses: list[tuple[int, str, Tensor]] = []
         self.kept: dict[str, list[Tensor]] | None = None  # batch and output of the step before
         self.distributed = hasattr(ctx.network, "no_sync")
+        masked = sum(layer.weight.nbytes for layer in ctx.cocktail.layers.values())
+        self.small = masked <= _SMALL and not ctx.config.compile
 
     def step(self, inputs: Tensor, targets: Tensor, lr: float) -> None:
         """All passes forward and backward, then one optimizer step at learning rate `lr`."""
@@ -122,9 +124,7 @@ class Stepper:
 
     def _premasked(self):
         layers = self.ctx.cocktail.layers.values()
-        if self.ctx.config.compile or sum(m.weight.nbytes for m in layers) > _SMALL:
-            return nullcontext()
-        return premasked(layers, keep=True)
+        return premasked(layers, keep=True) if self.small else nullcontext()
 
     def _autocast(self):
         dtype = _AUTOCAST.get(self.ctx.config.precision)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_engine import MODEL, SHORT, run, toy
 
-from sparse_cocktail import models
+from sparse_cocktail import models, stepping
 from sparse_cocktail.checkpoint import load_checkpoint
 from sparse_cocktail.engine import Trainer
 from sparse_cocktail.files import read_tensors, write_tensors
@@ -147,3 +147,31 @@ def test_a_silent_channel_keeps_its_convolution_bias(tmp_path):
     masks = {id(p): mask for p, mask in cocktail.kept_parameters(["channel-0.5"])}
     assert masks[id(net[1].bias)].sum() == 4 and masks[id(net[1].weight)].sum() == 4 * 36
     assert id(net[3].weight) not in masks and id(net[0].bias) not in masks
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["kept for small networks", "layer by layer"])
+def test_masked_weights_of_a_pass_are_made_in_one_call(tmp_path, monkeypatch, small):
+    """Networks of up to 4 MB of masked weights keep them in a pass; the training is the same."""
+    monkeypatch.setattr(stepping, "_SMALL", 2**22 if small else 0)
+    original, made = Stepper._run_pass, set()
+
+    def note(layer, _):
+        if layer.training and torch.is_grad_enabled():  # no evaluation
+            made.add((layer.masked, layer.premasked is not None))
+
+    def look(self, *args):
+        if not hasattr(self, "watched"):
+            layer = next(iter(self.ctx.cocktail.layers.values()))
+            self.watched = layer.register_forward_pre_hook(note)
+        return original(self, *args)
+
+    monkeypatch.setattr(Stepper, "_run_pass", look)
+    run(tmp_path / "one", epochs=2)
+    assert (True, small) in made and (True, not small) not in made and (False, True) not in made
+    monkeypatch.setattr(stepping, "_SMALL", 0)
+    run(tmp_path / "two", epochs=2)
+    one, two = (read_tensors(tmp_path / n / "cocktail.safetensors")[0] for n in ("one", "two"))
+    weights = [name for name in one if name.startswith("model.") and one[name].is_floating_point()]
+    assert weights
+    for name in weights:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from . import ablate, bench, menu, pictures, train, tune  # noqa: F401 - they register their commands
+from . import ablate, bench, menu, pictures, train, tune  # noqa: F401 - registers commands
 from .base import app
 
 __all__ = ["app", "main"]

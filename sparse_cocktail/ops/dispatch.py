@@ -117,7 +117,7 @@ def implementations(op: str) -> tuple[str, ...]:
     return tuple(_implementations[op])
 
 
-_PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 
 def chosen(op: str, device: torch.device) -> str:
@@ -130,7 +130,7 @@ def chosen(op: str, device: torch.device) -> str:
                 f"{', '.join(table)}"
             )
         return _forced
-    return next((b for b in _PREFERRED.get(device.type, ()) if b in table), "reference")
+    return next((b for b in PREFERRED.get(device.type, ()) if b in table), "reference")
 
 
 def inside(op: str) -> Callable:

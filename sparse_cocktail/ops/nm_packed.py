@@ -45,7 +45,7 @@ _cpp = torch.ops.sparse_cocktail_cpp
 _cuda = torch.ops.sparse_cocktail_cuda
 
 
-def _built(namespace, name: str):
+def built(namespace, name: str):
     """A kernel of the extension, or None where it was built without."""
     return getattr(namespace, name) if extension_path and hasattr(namespace, name) else None
 
@@ -82,7 +82,7 @@ def _pack_reference(values, bits, n, m) -> tuple[Tensor, Tensor]:
     return reference_nm.nm_pack(values, bits, n, m)
 
 
-_pack_kernel = _built(_cpp, "nm_pack")
+_pack_kernel = built(_cpp, "nm_pack")
 _pack = define(
     "nm_pack(Tensor values, Tensor bits, int n, int m) -> (Tensor, Tensor)",
     reference=_pack_reference,
@@ -149,8 +149,8 @@ def _pack_weight_with(kernel):
 _pack_weight = define(
     "nm_pack_weight(Tensor weight, Tensor? bits, ScalarType? dtype) -> (Tensor, Tensor)",
     reference=_pack_weight_reference,
-    cpp=_pack_weight_with(_built(_cpp, "nm_pack_weight")),
-    cuda=_pack_weight_with(_built(_cuda, "nm_pack_weight")),
+    cpp=_pack_weight_with(built(_cpp, "nm_pack_weight")),
+    cuda=_pack_weight_with(built(_cuda, "nm_pack_weight")),
     fake=lambda weight, bits, dtype: _packed_fake(weight, *weight.shape, dtype or weight.dtype),
     check=_check_pack_weight,
 )
@@ -242,7 +242,7 @@ def _linear_cuda(x, packed, meta, out_features, bias, activation, kernel) -> Ten
             "8.0 or later; use ops.nm_linear, or pass kernel='reference'"
         )
     name = kernel_for(kernel, rows, major)
-    if _built(_cuda, name) is None:
+    if built(_cuda, name) is None:
         raise RuntimeError(
             f"{op}: the CUDA kernel {name} is not built here; run 'pip install "
             "--no-build-isolation -e .' in the checkout, with nvcc and a torch with CUDA, or pass "

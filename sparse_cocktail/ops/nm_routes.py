@@ -30,8 +30,8 @@ from torch import Tensor
 
 from ..files import read_json, write_json
 from . import routes
-from .dispatch import _PREFERRED, implementations
-from .nm_packed import PACKED_DTYPES, SKINNY_ROWS, _built, _cuda, kernel_for
+from .dispatch import PREFERRED, implementations
+from .nm_packed import PACKED_DTYPES, SKINNY_ROWS, built, kernel_for
 
 __all__ = [
     "DENSE",
@@ -100,13 +100,13 @@ def available(
         major = _capability(_index(device))[0]
         if major >= 8 and in_features % 8 == 0:
             for name in ("gemm", "skinny"):
-                if _built(_cuda, kernel_for(name, 1, major)) is not None:
+                if built(torch.ops.sparse_cocktail_cuda, kernel_for(name, 1, major)) is not None:
                     found.append(name)
         whole = in_features % CUSPARSELT_MULTIPLE == 0 == out_features % CUSPARSELT_MULTIPLE
         if major >= 8 and whole and _cusparselt_built():
             found.append("cusparselt")
     if in_features % m == 0 and dtype in COMPRESSED_DTYPES:
-        fast = set(_PREFERRED.get(device.type, ())) & set(implementations("nm_linear"))
+        fast = set(PREFERRED.get(device.type, ())) & set(implementations("nm_linear"))
         found += ["compressed"] if fast else []
     return tuple(found)
 
@@ -144,7 +144,7 @@ def bucket(
         mode: eager, or graph (in a CUDA graph, where the host's time does not count).
     """
     _check_mode("nm_routes.bucket", mode)
-    weights = routes._power(out_features * in_features)
+    weights = routes.power_of_4(out_features * in_features)
     return _key(n, m, dtype, mode, _row_power(rows), weights)
 
 
@@ -156,7 +156,7 @@ def _check_mode(op: str, mode: str) -> None:
 def card_of(device: torch.device | str) -> str:
     """The key of a device's table: the name of the GPU, or the instruction set of the CPU."""
     device = torch.device(device)
-    return routes._card(_index(device)) if device.type == "cuda" else routes.cpu_card()
+    return routes.gpu_name(_index(device)) if device.type == "cuda" else routes.cpu_card()
 
 
 def _path(card: str) -> Path:
@@ -322,7 +322,7 @@ def choose(
 
 def _measured(card: str, dtype, n: int, m: int, rows: int, weights: int, mode: str) -> dict | None:
     """The entry that counts for these sizes."""
-    sizes = _row_power(rows), routes._power(weights)
+    sizes = _row_power(rows), routes.power_of_4(weights)
     for measured in dict.fromkeys((mode, "eager")):
         entry = _nearest(card, n, m, dtype, measured, *sizes)
         if entry is not None:

@@ -71,7 +71,7 @@ def route(name: str) -> Iterator[None]:
         _forced = before
 
 
-def _power(count: int) -> int:
+def power_of_4(count: int) -> int:
     """The nearest power of 4."""
     return max(1, count).bit_length() // 2
 
@@ -83,7 +83,7 @@ def bucket(op: str, dtype: torch.dtype, rows: int, weight: Tensor | torch.Size) 
         rows: of the first argument, x or a gradient: all of its sizes but that of the channels.
         weight: the weight, or its shape.
     """
-    size = f"rows-4^{_power(rows)}/weights-4^{_power(weight.numel())}"
+    size = f"rows-4^{power_of_4(rows)}/weights-4^{power_of_4(weight.numel())}"
     return f"{op}/{str(dtype)[6:]}/{size}"
 
 
@@ -95,7 +95,7 @@ def sparse_bucket(op: str, rows: int, weight: Tensor | torch.Size, density: floa
         weight: the weight, or its shape.
         density: kept share of the weight, from 0 to 1.
     """
-    return _sparse_key(op, _power(rows), _power(weight.numel()), _halvings(density))
+    return _sparse_key(op, power_of_4(rows), power_of_4(weight.numel()), _halvings(density))
 
 
 def _sparse_key(op: str, rows: int, weights: int, halvings: int) -> str:
@@ -164,7 +164,7 @@ def save(
 
 
 @cache
-def _card(index: int) -> str:
+def gpu_name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
@@ -177,7 +177,7 @@ def cpu_card() -> str:
 def this_card() -> str:
     """The key of this machine's table: its GPU, or the instruction set of its CPU."""
     if torch.cuda.is_available():
-        return _card(torch.cuda.current_device())
+        return gpu_name(torch.cuda.current_device())
     return cpu_card()
 
 
@@ -188,7 +188,7 @@ def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
     if x.device.type != "cuda":
         return "layer"
     device = x.device.index if x.device.index is not None else torch.cuda.current_device()
-    row = table(_card(device)).get(bucket(op, x.dtype, rows, weight))
+    row = table(gpu_name(device)).get(bucket(op, x.dtype, rows, weight))
     return "layer" if row is None else row["route"]
 
 
@@ -204,7 +204,7 @@ def chosen_sparse(op: str, rows: int, weight: Tensor, density: float) -> bool:
     """
     if SPARSE_ROUTES in _forced:
         return _forced[SPARSE_ROUTES] == "sparse"
-    sizes = _power(rows), _power(weight.numel()), _halvings(density)
+    sizes = power_of_4(rows), power_of_4(weight.numel()), _halvings(density)
     return _sparse_pays(FOLDER, cpu_card(), op, *sizes)
 
 
