@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -28,9 +28,10 @@ from .cocktail_file import (
 from .costs import Costs
 from .modules import masked_layers
 from .ops.dispatch import check_padding
+from .own_norms import OwnNorms, copy_all
 from .patterns import NM, Dense, Pattern, Unstructured, parse
 from .pruning import followers, output_layers, to_compressed, to_dense
-from .recalibrate import norm_layers, recalibrate
+from .recalibrate import norm_layers
 from .selection import magnitude_masks
 
 __all__ = ["Cocktail", "Subnet"]
@@ -40,9 +41,10 @@ __all__ = ["Cocktail", "Subnet"]
 class Subnet:
     """One network of the menu.
 
-    `row` is its row in the mask bank (None = dense), `statistics` its BatchNorm statistics (None =
-    it uses whatever the model holds), `stage` the pruning round that made it, `accuracy` in
-    percent, `live` the channels per layer that are not wholly pruned, `rows` the same as indices.
+    `row` is its row in the mask bank (None = dense), `statistics` its BatchNorm statistics and
+    `affine` its scales and shifts (None = it uses whatever the model holds), `stage` the pruning
+    round that made it, `accuracy` in percent, `live` the channels per layer that are not wholly
+    pruned, `rows` the same as indices.
     """
 
     name: str
@@ -51,11 +53,12 @@ class Subnet:
     stage: int | None = None
     accuracy: float | None = None
     statistics: list[Tensor] | None = field(default=None, repr=False)
+    affine: list[Tensor] | None = field(default=None, repr=False)
     live: list[Tensor] | None = field(default=None, repr=False)
     rows: list[Tensor] | None = field(default=None, repr=False)
 
 
-class Cocktail(Costs):
+class Cocktail(OwnNorms, Costs):
     """A model whose weights are shared by a dense network and any number of sparse subnets.
 
     Args:
@@ -87,7 +90,9 @@ class Cocktail(Costs):
         self.active = "dense"
         self.extra: dict[str, Any] = {}  # facts from the header of a loaded file
         self._silenced = followers(model, self.layers)
-        self._shared: list[Tensor] | None = None  # set aside while a subnet's own are in the model
+        # What all subnets share, set aside while a subnet's own is in the model.
+        self._shared: list[Tensor] | None = None
+        self._shared_affine: list[Tensor] | None = None
         self._latencies: dict[tuple, float] = {}  # of `latency`
         self._set_masks(self.subnets["dense"])
 
@@ -129,16 +134,51 @@ class Cocktail(Costs):
                 check_padding("Cocktail.add", bits, weight.shape[1])
         row = masks if isinstance(masks, int) else self.bank.add(masks)
         subnet = Subnet(name, pattern, row, stage)
-        subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(row)]
+        self._look_at(subnet)
+        self.subnets[name] = subnet
+        return subnet
+
+    def set_masks(self, name: str, masks: Sequence[Tensor]) -> None:
+        """Give a subnet other masks (bits per masked layer), in place.
+
+        Raises ValueError for "dense", which has none, and for bits of other shapes.
+        """
+        subnet = self.subnet(name)
+        if subnet.row is None:
+            raise ValueError("Cocktail.set_masks: dense has no masks; add a subnet of a pattern")
+        self.bank.weights[:] = [layer.weight for layer in self.layers.values()]
+        self.bank.set_(subnet.row, masks)
+        self._look_at(subnet)
+        if self.active == subnet.name:
+            self._set_masks(subnet)
+
+    def masks(self, name: str) -> list[Tensor]:
+        """The bits of a subnet per masked layer, the memory itself; ValueError for "dense"."""
+        subnet = self.subnet(name)
+        if subnet.row is None:
+            raise ValueError("Cocktail.masks: dense has no masks; ask for a subnet of a pattern")
+        return self.bank.views(subnet.row)
+
+    def remove(self, name: str) -> None:
+        """Take a subnet off the menu; "dense" stays (ValueError)."""
+        subnet = self.subnet(name)
+        if subnet.row is None:
+            raise ValueError("Cocktail.remove: dense is always on the menu")
+        if self.active == subnet.name:
+            self.activate("dense")
+        del self.subnets[subnet.name]
+
+    def _look_at(self, subnet: Subnet) -> None:
+        """Note which channels a subnet's masks leave."""
+        subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(subnet.row)]
         subnet.rows = [live.nonzero().flatten() for live in subnet.live]
         if dead := [n for n, rows in zip(self.layers, subnet.rows, strict=True) if not len(rows)]:
             warnings.warn(
-                f"subnet {name}: no weight is left in {dead}, so its output is constant behind "
-                "them; prune a trained model, prune less, or leave these layers dense (skip)",
-                stacklevel=2,
+                f"subnet {subnet.name}: no weight is left in {dead}, so its output is constant "
+                "behind them; prune a trained model, prune less, or leave these layers dense "
+                "(skip)",
+                stacklevel=3,
             )
-        self.subnets[name] = subnet
-        return subnet
 
     def subnet(self, name: str) -> Subnet:
         """The subnet of a name, canonical or not; KeyError for an unknown one."""
@@ -177,18 +217,13 @@ class Cocktail(Costs):
         """Make the model compute as this subnet: masks, silent channels, BatchNorm statistics.
 
         Bits are copied into the layers' fixed buffers, so nothing is recompiled; the backward of a
-        pass must end before the next call. A subnet without statistics of its own uses those that
-        the model holds for all such subnets together, as in training.
+        pass must end before the next call. A subnet without BatchNorm statistics (or scales and
+        shifts) of its own uses those that the model holds for all such subnets together, as in
+        training.
         """
         subnet = self.subnet(name)
         self._set_masks(subnet)
-        if subnet.statistics is not None:
-            if self._shared is None:
-                self._shared = [t.clone() for t in self.statistics()]
-            _copy(self.statistics(), subnet.statistics)
-        elif self._shared is not None:
-            _copy(self.statistics(), self._shared)
-            self._shared = None
+        self._take(subnet)
 
     def _set_masks(self, subnet: Subnet) -> None:
         masked = subnet.row is not None
@@ -199,12 +234,12 @@ class Cocktail(Costs):
         if masked:
             # read anew each time: model.to() replaces buffers, load_state_dict(assign=True) weights
             self.bank.weights[:] = [layer.weight for layer in layers]
-            _copy([layer.mask_bits for layer in layers], self.bank.views(subnet.row))
-            _copy([layer.live for layer in layers], subnet.live)
+            copy_all([layer.mask_bits for layer in layers], self.bank.views(subnet.row))
+            copy_all([layer.live for layer in layers], subnet.live)
             for layer, rows in zip(layers, subnet.rows, strict=True):
                 layer.set_rows(rows)
             norms = [norm.live for norm, _ in self._silenced]
-            _copy(norms, [subnet.live[index] for _, index in self._silenced])
+            copy_all(norms, [subnet.live[index] for _, index in self._silenced])
             for norm, index in self._silenced:
                 norm.set_whole(len(subnet.rows[index]) == norm.num_features)
         self.active = subnet.name
@@ -241,35 +276,6 @@ class Cocktail(Costs):
                 pairs += [(norm.weight, alive[index]), (norm.bias, alive[index])]
         return pairs
 
-    # ---- BatchNorm statistics --------------------------------------------------------------------
-
-    def statistics(self) -> list[Tensor]:
-        """The model's running means and variances, the buffers themselves."""
-        return [t for norm in self.norms.values() for t in (norm.running_mean, norm.running_var)]
-
-    def recalibrate(self, name: str, batches: Iterable[Tensor]) -> None:
-        """Estimate a subnet's own BatchNorm statistics from batches of inputs, and keep them."""
-        with self.preserved_statistics():
-            self.activate(name)
-            recalibrate(self.model, batches)
-            own = [t.clone() for t in self.statistics()]
-        subnet = self.subnet(name)
-        subnet.statistics = own
-        if self.active == subnet.name:
-            self.activate(name)
-
-    @contextmanager
-    def preserved_statistics(self) -> Iterator[None]:
-        """Whatever happens to the model's statistics and mask inside is undone afterwards."""
-        buffers = [b for norm in self.norms.values() for b in norm.buffers(recurse=False)]
-        before, shared, active = [b.clone() for b in buffers], self._shared, self.active
-        try:
-            yield
-        finally:
-            self._set_masks(self.subnet(active))
-            _copy(buffers, before)  # `live` among them, which _set_masks wrote as it was
-            self._shared = shared
-
     # ---- export ----------------------------------------------------------------------------------
 
     def export(self, name: str, plain: bool = False) -> nn.Module:
@@ -291,10 +297,11 @@ class Cocktail(Costs):
 
     def state(self) -> dict[str, Any]:
         """Masks and subnets (not the model's weights) as a tree of tensors and plain values."""
-        fields = ("name", "row", "stage", "accuracy", "statistics")
+        fields = ("name", "row", "stage", "accuracy", "statistics", "affine")
         subnets = [{name: getattr(s, name) for name in fields} for s in self.subnets.values()]
         rows = [self.bank.flat(i) for i in range(len(self.bank))]
-        return {"subnets": subnets, "rows": rows, "shared": self._shared}
+        shared = {"shared": self._shared, "shared_affine": self._shared_affine}
+        return {"subnets": subnets, "rows": rows, **shared}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned, into a cocktail without subnets."""
@@ -305,11 +312,17 @@ class Cocktail(Costs):
                 self.add(entry["name"], entry["row"], entry["stage"])
             subnet = self.subnets[entry["name"]]
             subnet.accuracy, subnet.statistics = entry["accuracy"], entry["statistics"]
-        self._shared = state["shared"]
+            subnet.affine = entry["affine"]
+        self._shared, self._shared_affine = state["shared"], state["shared_affine"]
 
     # ---- save and load ---------------------------------------------------------------------------
 
-    def save(self, path: str | os.PathLike, extra: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike,
+        extra: dict[str, Any] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         """Write everything into one safetensors file, atomically.
 
         Weights once, nested unstructured masks as one 4-bit prune level per weight, other masks as
@@ -318,36 +331,39 @@ class Cocktail(Costs):
         Args:
             path: the file.
             extra: JSON-able facts to keep in the header, such as the config of the run.
+            names: of the subnets to write besides dense; all by default.
         """
+        chosen = {"dense": self.subnets["dense"]}
+        chosen |= {n: s for n, s in self.subnets.items() if names is None or n in names}
         with self.preserved_statistics():
             self._set_masks(self.subnets["dense"])
-            _copy(self.statistics(), self._shared or self.statistics())
+            self._take_shared()
             tensors = {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
-        nested = self._nested()
+        nested = self._nested(chosen)
         if nested:
             masks = [self.bank.views(self.subnets[name].row) for name in nested]
             tensors["levels"] = pack_levels(masks, self.bank.weights)
-        for subnet in self.subnets.values():
+        for subnet in chosen.values():
             if subnet.row is not None and subnet.name not in nested:
                 tensors[f"bits.{subnet.name}"] = self.bank.flat(subnet.row)
-            if subnet.statistics:
-                tensors[f"statistics.{subnet.name}"] = torch.cat(subnet.statistics)
+            for what in ("statistics", "affine"):
+                if own := getattr(subnet, what):
+                    tensors[f"{what}.{subnet.name}"] = torch.cat(own)
         header = {
             "factory": getattr(self.model, "factory", None),
             "layers": [[n, list(m.weight.shape)] for n, m in self.layers.items()],
             "norms": [[n, norm_facts(m)] for n, m in self.norms.items()],
             "nested": nested,
             "subnets": [
-                {"name": s.name, "stage": s.stage, "accuracy": s.accuracy}
-                for s in self.subnets.values()
+                {"name": s.name, "stage": s.stage, "accuracy": s.accuracy} for s in chosen.values()
             ],
             "extra": extra or {},
         }
         write_cocktail(path, header, tensors)
 
-    def _nested(self) -> list[str]:
+    def _nested(self, subnets: dict[str, Subnet]) -> list[str]:
         """Unstructured subnets from dense to sparse, if each lies within the one before."""
-        chain = [s for s in self.subnets.values() if isinstance(s.pattern, Unstructured)]
+        chain = [s for s in subnets.values() if isinstance(s.pattern, Unstructured)]
         chain.sort(key=lambda s: s.pattern.sparsity)
         if not 2 <= len(chain) <= MAX_LEVELS:
             return []
@@ -394,9 +410,13 @@ class Cocktail(Costs):
                 cocktail.add(name, masks, entry["stage"])
             subnet = cocktail.subnets[name]
             subnet.stage, subnet.accuracy = entry["stage"], entry["accuracy"]
-            if (flat := tensors.get(f"statistics.{name}")) is not None:
-                sizes = [s.numel() for s in cocktail.statistics()]
-                subnet.statistics = [part.clone() for part in flat.split(sizes)]
+            for what, tensor in (
+                ("statistics", cocktail.statistics()),
+                ("affine", cocktail.affine()),
+            ):
+                if (flat := tensors.get(f"{what}.{name}")) is not None:
+                    parts = flat.split([t.numel() for t in tensor])
+                    setattr(subnet, what, [part.clone() for part in parts])
         cocktail.extra = header["extra"]
         cocktail.activate("dense")
         return cocktail
@@ -405,9 +425,3 @@ class Cocktail(Costs):
         shapes = self.bank.shapes
         parts = flat.split([out * taps * words for out, taps, words in shapes])
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-@torch.no_grad()
-def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
-    if targets:
-        torch._foreach_copy_(targets, sources)

@@ -114,7 +114,7 @@ def fitted_model(path, header: dict[str, Any], model: nn.Module | None) -> nn.Mo
             raise ValueError(f"{path}: {error}; or pass model=your_model") from error
     if not masked_layers(model):
         masked = {name for name, _ in header["layers"]}
-        convert(model, skip=lambda name, _: name not in masked)
+        convert(model, skip=lambda name, _: name not in masked, mask_first=True)
     modules = dict(model.named_modules())
     for name, (_, source) in header["norms"]:
         if isinstance(norm := modules.get(name), MaskedBatchNorm2d):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,14 @@ import yaml
 from .methods import METHODS
 from .methods.base import option
 
-__all__ = ["Config", "apply_preset", "read_recipe", "recipe_names", "split_fields"]
+__all__ = [
+    "Config",
+    "apply_preset",
+    "for_method",
+    "read_recipe",
+    "recipe_names",
+    "split_fields",
+]
 
 
 @dataclass
@@ -31,25 +39,34 @@ class Config:
     data_dir: str = option("", "folder with the files of the data set")
     workers: int = option(0, "processes that load pictures (0: none extra)")
     model: str = option(
-        "resnet8", "resnet8, resnet18, resnet34, resnet50, vgg16 or package.module:function"
+        "resnet8",
+        "resnet8, resnet18, resnet32, resnet34, resnet50, vgg16, vit_b16 or "
+        "package.module:function",
     )
     model_args: dict = option({}, "arguments of the network, as JSON")
     method: str = option("cocktail", "training method")
     epochs: int = option(4, "epochs of a stage")
     batch_size: int = option(64, "samples per optimizer step and process")
     lr: float = option(0.1, "initial learning rate")
-    momentum: float = option(0.9, "momentum of SGD")
+    optimizer: str = option("sgd", "sgd or adamw")
+    momentum: float = option(0.9, "momentum of SGD, first beta of AdamW")
+    beta2: float = option(0.999, "second beta of AdamW")
     nesterov: bool = option(False, "Nesterov momentum")
     weight_decay: float = option(1e-4, "weight decay")
     decay_norm_bias: bool = option(True, "weight decay on normalisation layers and biases too")
     warmup: float = option(0, "linear warm-up: epochs (int) or share of a stage (float)")
     label_smoothing: float = option(0.0, "label smoothing of the loss")
+    mixup: float = option(0.0, "Beta parameter of mixup (0: off)")
+    cutmix: float = option(0.0, "Beta parameter of CutMix (0: off); a batch gets one of the two")
+    randaugment: bool = option(False, "RandAugment on folders of pictures")
     clip_norm: float = option(0.0, "clip the gradient's norm (0: off)")
     accumulate: int = option(1, "split a batch into this many parts to save memory")
     precision: str = option("fp32", "fp32, bf16 or fp16 (autocast)")
     channels_last: bool = option(False, "channels_last weights and activations")
     compile: bool = option(False, "torch.compile the network")
     mask_linear: bool = option(False, "mask linear layers too, not only convolutions")
+    mask_first: bool = option(False, "mask the first convolution too")
+    mask_only: str = option("", "mask only layers whose name starts so (a regular expression)")
     mask_update: str = option("freeze", "pruned weights in a sparse step: freeze or shared")
     silence: bool = option(True, "a pruned channel's BatchNorm is off too, as its bias is")
     teacher_statistics: str = option(
@@ -68,6 +85,7 @@ class Config:
 
     def __post_init__(self) -> None:
         choices = {
+            "optimizer": ("sgd", "adamw"),
             "precision": ("fp32", "bf16", "fp16"),
             "mask_update": ("freeze", "shared"),
             "teacher_statistics": ("frozen", "update"),
@@ -82,9 +100,25 @@ class Config:
         if not self.lr > 0:
             raise ValueError(f"config: lr={self.lr} is not positive")
         switches = ("warmup", "clip_norm", "weight_decay", "momentum", "threads", "workers")
-        for name in ("recalibrate_samples", *switches):
+        for name in ("recalibrate_samples", "mixup", "cutmix", *switches):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"config: {name}={value} is negative; 0 switches it off")
+        if self.optimizer == "adamw":
+            for name in ("momentum", "beta2"):
+                if not 0 <= (value := getattr(self, name)) < 1:
+                    raise ValueError(f"config: {name}={value} is not in [0, 1), as AdamW needs")
+            if self.nesterov:
+                raise ValueError(
+                    "config: nesterov=True belongs to optimizer=sgd, but optimizer='adamw'; leave "
+                    "one of them out"
+                )
+        try:
+            re.compile(self.mask_only)
+        except re.error as error:
+            raise ValueError(
+                f"config: mask_only={self.mask_only!r} is no regular expression ({error}); write "
+                "how the names begin, such as encoder"
+            ) from error
 
 
 def recipe_names() -> list[str]:
@@ -96,7 +130,7 @@ def recipe_names() -> list[str]:
 def read_recipe(recipe: str | Path | None) -> dict[str, Any]:
     """Fields of a recipe by name, or of a YAML file.
 
-    Its entry `paper` is a mapping of fields for `apply_preset`; `split_fields` ignores it.
+    Its entries `paper` and `methods` are for `apply_preset` and `for_method`.
     """
     if recipe is None:
         return {}
@@ -109,9 +143,34 @@ def read_recipe(recipe: str | Path | None) -> dict[str, Any]:
             f"recipe {str(recipe)!r} is neither one of {', '.join(recipe_names())} nor a YAML file"
         )
     fields = _parsed("recipe", text) or {}
-    if not isinstance(fields, dict) or not isinstance(fields.get("paper", {}), dict):
+    mappings = [fields, *(fields.get(n, {}) for n in ("paper", "methods"))] if fields else []
+    if not isinstance(fields, dict) or not all(isinstance(m, dict) for m in mappings):
         raise ValueError(f"recipe {recipe}: the YAML is no mapping of fields to values")
     return fields
+
+
+def for_method(fields: dict[str, Any], method: str | None = None) -> dict[str, Any]:
+    """A recipe's fields for one method, by default its own.
+
+    Fields of the recipe's own method that the other does not know are left out, and what the
+    recipe's entry `methods` has for it comes in.
+    """
+    own = fields.get("method", "cocktail")
+    method = method or own
+    for name in (own, method):
+        if name not in METHODS:
+            raise ValueError(f"config: method={name!r} is not one of {', '.join(METHODS)}")
+    extra = fields.get("methods", {}).get(method) or {}
+    fields = {name: value for name, value in fields.items() if name != "methods"}
+    if method != own:
+        known = _names(Config) | _names(METHODS[method].Options)
+        gone = _names(METHODS[own].Options) - known
+        fields = {n: v for n, v in fields.items() if n not in gone and n != "paper"}
+    return {**fields, "method": method, **extra}
+
+
+def _names(kind: type) -> set[str]:
+    return {f.name for f in dataclasses.fields(kind)}
 
 
 def apply_preset(fields: dict[str, Any], name: str, given: dict[str, Any]) -> None:
@@ -143,7 +202,7 @@ def split_fields(fields: dict[str, Any]) -> tuple[Config, Any]:
 
     Raises ValueError for an unknown field (with the nearest known one) or a value of a wrong type.
     """
-    fields = {name: value for name, value in fields.items() if name != "paper"}
+    fields = {name: value for name, value in fields.items() if name not in ("paper", "methods")}
     method = fields.get("method", "cocktail")
     if method not in METHODS:
         raise ValueError(f"config: method={method!r} is not one of {', '.join(METHODS)}")

@@ -34,21 +34,23 @@ def convert(
     skip: Callable[[str, nn.Module], bool] | Iterable[str] | None = None,
     example_input: Tensor | tuple | None = None,
     channels_last: bool = False,
+    mask_first: bool = False,
 ) -> nn.Module:
     """Swap nn.Linear, nn.Conv2d and nn.BatchNorm2d for their masked forms, in place.
 
     Parameters stay the same objects, so an existing optimizer stays valid. The first convolution
-    stays dense. Layers are left, with the reason in `model.conversion.left`, when their parent
-    reads the weight itself, when their weight is tied to another layer, when they are of a
-    subclass, and when `skip` says so. A `Cocktail` silences the channels that a convolution prunes
-    in the BatchNorm behind it, too; these pairs come from one recorded forward when `example_input`
-    is given, else from the order of registration.
+    stays dense unless `mask_first`. Layers are left, with the reason in `model.conversion.left`,
+    when their parent reads the weight itself, when their weight is tied to another layer, when they
+    are of a subclass, and when `skip` says so. A `Cocktail` silences the channels that a
+    convolution prunes in the BatchNorm behind it, too; these pairs come from one recorded forward
+    when `example_input` is given, else from the order of registration.
 
     Args:
         model: any module.
         skip: names to leave dense, or a function (name, module) -> bool.
         example_input: a tensor (or tuple of arguments) for one forward in eval mode.
         channels_last: re-lay 4-D weights in channels_last under the same Parameters.
+        mask_first: mask the first convolution too.
 
     Returns:
         The same model.
@@ -58,7 +60,8 @@ def convert(
     """
     report = getattr(model, "conversion", Conversion())
     names = dict(model.named_modules(remove_duplicate=False))
-    reasons = _reasons_to_leave(model, names, skip, _first_convolution(model, example_input))
+    first = None if mask_first else _first_convolution(model, example_input)
+    reasons = _reasons_to_leave(model, names, skip, first)
     made: dict[nn.Module, nn.Module] = {}  # a BatchNorm may stand under several names
     for name, module in names.items():
         norm = isinstance(module, nn.BatchNorm2d)

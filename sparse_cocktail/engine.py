@@ -116,7 +116,7 @@ class Trainer:
                 )
             model = models.create(model, config.model_args)
         if isinstance(data, str):
-            data = data_sets.load(data, config.data_dir, config.workers)
+            data = data_sets.load(data, config.data_dir, config.workers, config.randaugment)
         device = own_device(config.device)
         if device.startswith("cuda"):
             if not torch.cuda.is_available():
@@ -210,9 +210,10 @@ class Trainer:
         ctx.seconds["total"] = self._clock()
         results = run_results(ctx, self.method, self.facts, scores)
         self.log("finished", seconds=ctx.seconds["total"])
-        if self.rank == 0:
+        names = self.method.weight_sets(ctx).get("")
+        if self.rank == 0 and names is not None:
             facts = {"config": self.facts, "revision": results["environment"]["revision"]}
-            ctx.cocktail.save(self.folder / "cocktail.safetensors", facts)
+            ctx.cocktail.save(self.folder / "cocktail.safetensors", facts, names)
         self.files.finish(results)
         if self.board is not None:
             self.board.close()
@@ -265,8 +266,9 @@ class Trainer:
     def _report_stage(self, stage) -> None:
         ctx = self.ctx
         with ctx.timed("evaluate"):
-            of_stage = [n for n, s in ctx.cocktail.subnets.items() if s.stage == ctx.stage]
-            scores = ctx.measure(["dense", *of_stage], "holdout")
+            names = ["dense"] if self.method.TRAINS_DENSE else []
+            names += [n for n, s in ctx.cocktail.subnets.items() if s.stage == ctx.stage]
+            scores = ctx.measure(names, "holdout")
         self.log("stage", name=stage.name, holdout=scores)
         shown = ", ".join(f"{name} {score:.1f}" for name, score in scores.items())
         self.console.print(f"[bold]{stage.name}[/bold]: hold-out {shown}")
@@ -332,12 +334,15 @@ class Trainer:
         """What differs between ranks: random states, BatchNorm statistics, a kept batch."""
         on_gpu = self.device.type == "cuda"
         parameters = dict(self.ctx.model.named_parameters(remove_duplicate=False))
-        shared, kept = self.ctx.cocktail.state()["shared"], self.stepper.kept
+        state, kept = self.ctx.cocktail.state(), self.stepper.kept
+        own = {s["name"]: s["statistics"] for s in state["subnets"] if s["statistics"] is not None}
+        shared = state["shared"]
         return {
             "random": torch.get_rng_state(),
             "random_device": torch.cuda.get_rng_state(self.device) if on_gpu else None,
             "buffers": {k: v.cpu() for k, v in weights.items() if k not in parameters},
             "shared": None if shared is None else [t.cpu() for t in shared],
+            "statistics": {name: [t.cpu() for t in own[name]] for name in own},
             "kept": {k: [_strided(t) for t in v] for k, v in (kept or {}).items()},
         }
 
@@ -358,6 +363,8 @@ class Trainer:
             self.stepper.kept = made
         ctx.model.load_state_dict({**tree["model"], **own["buffers"]})
         ctx.cocktail.restore({**tree["cocktail"], "shared": own["shared"]})
+        for name, statistics in own["statistics"].items():
+            ctx.cocktail.subnets[name].statistics = [t.to(self.device) for t in statistics]
         restore_dataclass(self.method.state, tree["method"])
         ctx.optimizer = new_optimizer(ctx.model, self.config)
         ctx.optimizer.load_state_dict(tree["optimizer"])

@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .vit import VisionTransformer
+
 __all__ = [
     "build",
     "create",
     "import_object",
     "names",
     "resnet18",
+    "resnet32",
     "resnet34",
     "resnet50",
     "resnet8",
     "vgg16",
+    "vit_b16",
 ]
 
 
@@ -116,19 +120,30 @@ def resnet8(width: int = 8, inputs: int = 1, classes: int = 10) -> ResNet:
     return ResNet(BasicBlock, (1, 1, 1), width, inputs, classes)
 
 
-def resnet18(width: int = 64, inputs: int = 3, classes: int = 10) -> ResNet:
-    """ResNet-18 in the CIFAR form (He et al., 2016), for images of 32x32."""
-    return ResNet(BasicBlock, (2, 2, 2, 2), width, inputs, classes)
+def resnet18(
+    width: int = 64, inputs: int = 3, classes: int = 10, large_images: bool = False
+) -> ResNet:
+    """ResNet-18 (He et al., 2016) in the CIFAR form, or in the ImageNet form (`large_images`)."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), width, inputs, classes, large_images)
 
 
-def resnet34(width: int = 64, inputs: int = 3, classes: int = 10) -> ResNet:
-    """ResNet-34 in the CIFAR form (He et al., 2016), for images of 32x32."""
-    return ResNet(BasicBlock, (3, 4, 6, 3), width, inputs, classes)
+def resnet32(width: int = 16, inputs: int = 3, classes: int = 10) -> ResNet:
+    """ResNet-32 for CIFAR (He et al., 2016, section 4.2); width 32 is the WRN-32 (x2) of AST."""
+    return ResNet(BasicBlock, (5, 5, 5), width, inputs, classes)
 
 
-def resnet50(width: int = 64, inputs: int = 3, classes: int = 1000) -> ResNet:
-    """ResNet-50 in the ImageNet form, stride in the 3x3 convolutions, for images of 224x224."""
-    return ResNet(Bottleneck, (3, 4, 6, 3), width, inputs, classes, large_images=True)
+def resnet34(
+    width: int = 64, inputs: int = 3, classes: int = 10, large_images: bool = False
+) -> ResNet:
+    """ResNet-34 (He et al., 2016) in the CIFAR form, or in the ImageNet form (`large_images`)."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), width, inputs, classes, large_images)
+
+
+def resnet50(
+    width: int = 64, inputs: int = 3, classes: int = 1000, large_images: bool = True
+) -> ResNet:
+    """ResNet-50 in the ImageNet form, or the CIFAR form; stride in the 3x3 convolutions."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), width, inputs, classes, large_images)
 
 
 class VGG(nn.Module):
@@ -162,9 +177,13 @@ def vgg16(width: int = 64, inputs: int = 3, classes: int = 10) -> VGG:
     return VGG(groups, inputs, classes)
 
 
-_FACTORIES: dict[str, Callable[..., nn.Module]] = {
-    factory.__name__: factory for factory in (resnet8, resnet18, resnet34, resnet50, vgg16)
-}
+def vit_b16(**args: Any) -> VisionTransformer:
+    """ViT-B/16 (Dosovitskiy et al., 2021) for images of 224x224 unless `args` change it."""
+    return VisionTransformer(**args)
+
+
+_KINDS = (resnet8, resnet18, resnet32, resnet34, resnet50, vgg16, vit_b16)
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {kind.__name__: kind for kind in _KINDS}
 
 
 def names() -> list[str]:

@@ -56,6 +56,7 @@ class _Masked(nn.Module):
         self.masked = False
         self.dense_grad = False
         self.premasked: Tensor | None = None  # W*m, inside `premasked`
+        self.given: Tensor | None = None  # the weight to compute with, inside `given_weights`
         weight = self.weight
         bits = torch.zeros(bits_shape(weight.shape), dtype=torch.int32, device=weight.device)
         self.register_buffer("mask_bits", bits, persistent=False)
@@ -152,10 +153,14 @@ class _Masked(nn.Module):
         return int(ops.mask_count(self.mask_bits)) / max(self.weight.numel(), 1)
 
     def _live_bias(self, dtype: torch.dtype | None = None) -> Tensor | None:
-        return None if self.bias is None else (self.bias * self.live).to(dtype)
+        if self.bias is None:
+            return None
+        return (self.bias * self.live if self.masked else self.bias).to(dtype)
 
     def _made_weight(self, x: Tensor) -> Tensor | None:
-        """W*m as `premasked` has made it, where it suits x."""
+        """The weight that another hand has made: a given one, or W*m where it suits x."""
+        if self.given is not None:
+            return self.given.to(ops.autocast_dtype(x))
         made = self.premasked
         if made is None or made.dtype != ops.autocast_dtype(x) or self._live_rows(x) is not None:
             return None
@@ -208,7 +213,7 @@ class MaskedLinear(_Masked, nn.Linear):
         self._init_mask()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.masked:
+        if not self.masked and self.given is None:
             return super().forward(x)
         if (made := self._made_weight(x)) is not None:
             return F.linear(x.to(made.dtype), made, self._live_bias(made.dtype))
@@ -269,7 +274,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
         self._init_mask()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.masked:
+        if not self.masked and self.given is None:
             return super().forward(x)
         if (made := self._made_weight(x)) is not None:
             return self._conv_forward(x.to(made.dtype), made, self._live_bias(made.dtype))

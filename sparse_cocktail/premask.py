@@ -1,4 +1,4 @@
-"""The masked weights of all layers in one call, where launching them one by one is what costs."""
+"""Weights that layers compute with but do not make: masked ones in one call, or any others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,37 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import ops
 from .modules import masked_layers
 
-__all__ = ["premasked"]
+__all__ = ["given_weights", "premasked"]
+
+
+@contextmanager
+def given_weights(layers: Iterable[nn.Module], weights: Iterable[Tensor]) -> Iterator[None]:
+    """Inside, masked layers compute with these weights instead of their own, masked or not.
+
+    Gradients flow to whatever the weights were made from. A layer with a mask in force still keeps
+    the biases of its pruned outputs silent.
+
+    Args:
+        layers: masked layers.
+        weights: one per layer, of its weight's shape.
+
+    Raises:
+        ValueError: for another number of weights or another shape.
+    """
+    layers, weights = list(layers), list(weights)
+    shapes = [tuple(w.shape) for w in weights]
+    if shapes != [tuple(layer.weight.shape) for layer in layers]:
+        raise ValueError(
+            f"given_weights: weights have shapes {shapes}, but the layers' are "
+            f"{[tuple(layer.weight.shape) for layer in layers]}; give one weight per layer"
+        )
+    try:
+        for layer, weight in zip(layers, weights, strict=True):
+            vars(layer)["given"] = weight  # quicker than nn.Module's way of setting attributes
+        yield
+    finally:
+        for layer in layers:
+            vars(layer)["given"] = None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -31,8 +32,8 @@ def prepare_model(
     """
     model.to(device)
     if not hasattr(model, "conversion"):
-        skip = None if config.mask_linear else _linear_layers(model)
-        convert(model, skip, example.to(device), config.channels_last)
+        skip = _left_dense(model, config)
+        convert(model, skip, example.to(device), config.channels_last, config.mask_first)
     if not config.silence:
         for module in model.modules():
             if isinstance(module, MaskedBatchNorm2d):
@@ -46,17 +47,32 @@ def prepare_model(
     return model
 
 
-def _linear_layers(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    if not any(isinstance(m, nn.Conv2d) for m in list(model.modules())):
+def _left_dense(model: nn.Module, config: Config) -> Callable[[str, nn.Module], bool]:
+    """Which layers the fields `mask_linear` and `mask_only` leave dense."""
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    if layers and not any(re.match(config.mask_only, name) for name in layers):
         raise ValueError(
-            f"train: {type(model).__name__} has no convolution, and linear layers are left dense; "
-            "set mask_linear=True (--mask-linear true)"
+            f"config: mask_only={config.mask_only!r} matches the beginning of no layer's name; the "
+            f"layers of {type(model).__name__} are {', '.join(layers)}"
         )
-    return lambda _, module: isinstance(module, nn.Linear)
+
+    def left_dense(name: str, module: nn.Module) -> bool:
+        linear = isinstance(module, nn.Linear)
+        return (linear and not config.mask_linear) or not re.match(config.mask_only, name)
+
+    convolutions = [name for name, module in layers.items() if isinstance(module, nn.Conv2d)]
+    rest = convolutions[not config.mask_first :]
+    if not config.mask_linear and all(left_dense(name, layers[name]) for name in rest):
+        raise ValueError(
+            f"train: {type(model).__name__} has no convolution to mask (the first one stays dense "
+            "unless mask_first=True), and linear layers are left dense; set mask_linear=True "
+            "(--mask-linear true)"
+        )
+    return left_dense
 
 
 def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """SGD over all parameters; vectors (biases, scales, shifts) may go without weight decay."""
+    """SGD or AdamW over all parameters; vectors (biases, scales) may go without weight decay."""
     parameters = list(model.parameters())
     plain = [] if config.decay_norm_bias else [p for p in parameters if p.dim() < 2]
     skip = {id(p) for p in plain}
@@ -65,9 +81,7 @@ def new_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
         {"params": rest, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-    )
+    groups = [g for g in groups if g["params"]]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, config.lr, betas=(config.momentum, config.beta2))
+    return torch.optim.SGD(groups, config.lr, config.momentum, nesterov=config.nesterov)

@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 def run_results(
-    ctx: Context, method: Method, facts: dict[str, Any], scores: dict[str, dict[str, float]]
+    ctx: Context, method: Method, facts: dict[str, Any], scores: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     """The content of results.json (README, "Formats").
 
@@ -28,15 +28,16 @@ def run_results(
         facts: all fields of the run.
         scores: what `Method.finish` returned.
     """
+    rows = {r["name"]: r for r in ctx.cocktail.summary(ctx.data.example(1).to(ctx.device))}
     subnets = []
-    for row in ctx.cocktail.summary(ctx.data.example(1).to(ctx.device)):
-        score = scores[row["name"]]
+    for name, score in scores.items():
         accuracies = {
             "accuracy": score["accuracy"],
             "accuracy_own": score.get("accuracy_own"),
             "accuracy_interpolated": score.get("accuracy_interpolated"),
+            "weights": score.get("weights"),
         }
-        subnets.append({**row, **accuracies})
+        subnets.append({**rows[score.get("subnet", name)], **accuracies})
     return {
         "format": FORMAT,
         "method": ctx.config.method,

@@ -78,10 +78,10 @@ class RunFolder:
         for stray in self.path.rglob(".*.partial"):  # of a process that was killed while writing
             stray.unlink()
         if tree is None:
-            weights = [f"{name}.safetensors" for name in ("cocktail", "rewind", "interpolated")]
+            weights = [f"{n}.safetensors" for n in ("cocktail", "initial", "rewind", "interpolated")]
             for name in (CHECKPOINT, LOG, RESULTS, "report.html", *weights):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("pool", "plots", "tensorboard"):
+            for name in ("pool", "networks", "plots", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             write_json(self.path / CONFIG, self.facts)
         self._log = open(self.path / LOG, "a")  # noqa: SIM115 - open for the whole run

@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-__all__ = ["cosine", "cyclic_cosine", "geometric_density", "keep_count", "length_in_steps"]
+__all__ = [
+    "cosine",
+    "cubic",
+    "cyclic_cosine",
+    "decay_at",
+    "geometric_density",
+    "keep_count",
+    "length_in_steps",
+    "linear",
+    "triangular",
+]
+
+
+def _clipped(progress: float) -> float:
+    return min(max(progress, 0.0), 1.0)
+
+
+def linear(start: float, end: float, progress: float) -> float:
+    """A line from `start` at progress 0 to `end` at progress 1."""
+    return start + (end - start) * _clipped(progress)
+
+
+def cubic(start: float, end: float, progress: float) -> float:
+    """Fast at first, flat at the end: the density ramp of gradual pruning (Zhu and Gupta, 2017)."""
+    return end + (start - end) * (1.0 - _clipped(progress)) ** 3
+
+
+def triangular(low: float, high: float, progress: float) -> float:
+    """From `low` up to `high` at progress 1/2 and back (the cycles of Sup-tickets)."""
+    return linear(low, high, 1.0 - abs(2.0 * _clipped(progress) - 1.0))
+
+
+def decay_at(value: float, progress: float, milestones: Sequence[float], factor: float) -> float:
+    """`value`, multiplied by `factor` at every milestone that progress has reached."""
+    return value * factor ** sum(progress >= milestone for milestone in milestones)
 
 
 def cosine(start: float, end: float, progress: float) -> float:
     """Half a cosine from `start` at progress 0 to `end` at progress 1."""
-    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * _clipped(progress)))
 
 
 def cyclic_cosine(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .data import generator_for, mix
 from .methods import Context, Method, Pass
-from .premask import premasked
+from .premask import given_weights, premasked
 from .recalibrate import frozen_statistics
 from .schedules import length_in_steps
 
@@ -47,6 +48,10 @@ class Stepper:
             lr *= (ctx.step + 1) / warmup
         for group in ctx.optimizer.param_groups:
             group["lr"] = lr
+        if config.mixup or config.cutmix:
+            draws = generator_for(config.seed, ctx.stage, ctx.step, 2)  # 1 is the method's own
+            classes = ctx.data.classes
+            inputs, targets = mix(inputs, targets, classes, config.mixup, config.cutmix, draws)
         if config.channels_last and inputs.dim() == 4:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         passes = self.method.step(ctx)
@@ -93,7 +98,7 @@ class Stepper:
             wait = self.distributed and not (last and index == len(parts) - 1)
             with ctx.network.no_sync() if wait else nullcontext():
                 with self._autocast():
-                    with self._premasked():
+                    with self._layer_weights(each):
                         output = ctx.network(_transformed(each, x))
                     loss = self._loss(each, output, target, teacher)
                 share = len(x) / total
@@ -122,8 +127,16 @@ class Stepper:
         with nullcontext() if update else frozen_statistics(ctx.model), self._autocast():
             return ctx.model(x)
 
-    def _premasked(self):
+    def _layer_weights(self, each: Pass):
+        """What the masked layers compute with, where they do not make it themselves."""
         layers = self.ctx.cocktail.layers.values()
+        if each.weights is not None:
+            if self.ctx.config.compile:
+                raise ValueError(
+                    f"config: compile=True, but method {self.ctx.config.method} makes weights "
+                    "outside of the network at every pass; set compile=False"
+                )
+            return given_weights(layers, each.weights())
         return premasked(layers, keep=True) if self.small else nullcontext()
 
     def _autocast(self):

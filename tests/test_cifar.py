@@ -132,6 +132,7 @@ def test_resnet18_co_trains_on_cifar(cifar10, tmp_path):
     ("name", "width", "size", "parameters"),
     [
         ("resnet18", 64, 32, 11_173_962),
+        ("resnet32", 16, 32, 466_906),
         ("resnet34", 64, 32, 21_282_122),
         ("resnet50", 64, 64, 25_557_032),
         ("vgg16", 64, 32, 14_724_042),
@@ -148,6 +149,21 @@ def test_models_have_their_published_size_and_step(name, width, size, parameters
     layer = next(iter(cocktail.layers.values()))
     assert layer.weight.grad[~layer.mask].count_nonzero() == 0
     assert layer.weight.grad[layer.mask].count_nonzero() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "large_images", "classes", "parameters"),
+    [
+        ("resnet18", True, 1000, 11_689_512),
+        ("resnet34", True, 1000, 21_797_672),
+        ("resnet50", False, 10, 23_520_842),
+    ],
+)
+def test_residual_networks_have_a_form_for_each_size(name, large_images, classes, parameters):
+    with torch.device("meta"):
+        model = models.build(name, {"classes": classes, "large_images": large_images})
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, classes)
+    assert sum(p.numel() for p in model.parameters()) == parameters
 
 
 def test_synthetic_shapes():

@@ -242,6 +242,12 @@ def test_names_that_do_not_load(name, message):
         data.load(name)
 
 
+@pytest.mark.parametrize("name", ["digits", "cifar10", "synthetic", "imagenette", "mine:data"])
+def test_randaugment_is_for_folders(name):
+    with pytest.raises(ValueError, match=rf"randaugment=True is for folders.* data='{name}'"):
+        data.load(name, randaugment=True)
+
+
 def test_data_names():
     assert data.names() == ["digits", "patches", "cifar10", "cifar100", "imagenet", "synthetic"]
 
@@ -271,7 +277,8 @@ def test_build_remembers_how_it_was_called():
     args["width"] = 99
     assert model.factory == {"name": "resnet8", "args": {"width": 4}}
     assert models.build("resnet8").factory == {"name": "resnet8", "args": {}}
-    assert models.names() == ["resnet8", "resnet18", "resnet34", "resnet50", "vgg16"]
+    known = ["resnet8", "resnet18", "resnet32", "resnet34", "resnet50", "vgg16", "vit_b16"]
+    assert models.names() == known
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,15 @@ spent on starting, so processes do several things in turn.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
+from processes import LIMIT, finish, left_threads
 from test_engine import SHORT, model, position, same, toy
 
 from sparse_cocktail import models
@@ -30,7 +31,6 @@ from sparse_cocktail.stepping import Stepper
 from sparse_cocktail.tasks import Classification
 
 RANKS = range(3)  # sums over two ranks are the same in any order, so two would show less
-LIMIT = 120  # seconds for the processes of one test, which take about 10 on an idle machine
 FIELDS = {**SHORT, "batch_size": 16, "checkpoint_every": 4, "log_every": 2}  # 4 steps an epoch
 
 
@@ -42,33 +42,9 @@ def quiet():
 
 def start(work: dict[str, Path]) -> list[subprocess.Popen]:
     """The processes that do `work` (worker: folder) in turn; output goes to pipes."""
-    arguments = [str(part) for item in work.items() for part in item]
     for folder in work.values():
         folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": len(RANKS)}
-    common |= {"OMP_NUM_THREADS": 1, "PYTHONPATH": os.pathsep.join(sys.path)}  # as imported here
-    children = []
-    for rank in RANKS:
-        own = {**common, "RANK": rank, "LOCAL_RANK": rank}
-        environment = {**os.environ, **{name: str(value) for name, value in own.items()}}
-        command = [sys.executable, __file__, *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        children.append(subprocess.Popen(command, env=environment, **pipes))
-    return children
-
-
-def finish(children: list[subprocess.Popen]) -> list[tuple[int, str]]:
-    """(exit status, output) of every process; fails when one takes longer than LIMIT."""
-    try:
-        outputs = [child.communicate(timeout=LIMIT)[0] for child in children]
-        return [(child.returncode, text) for child, text in zip(children, outputs, strict=True)]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
+    return processes.start(__file__, [part for item in work.items() for part in item], len(RANKS))
 
 
 def left_by(folder: Path, rank: int) -> dict[str, torch.Tensor]:
@@ -339,7 +315,6 @@ if __name__ == "__main__":
                 globals()[worker](Path(folder), own_rank)
     except SystemExit as end:
         stop = end.code
-    names = [thread.read_text() for thread in Path("/proc/self/task").glob("*/comm")]
-    if any("gloo" in name for name in names):  # one that wakes while Python ends aborts the process
+    if names := left_threads():
         raise SystemExit(f"threads outlive their process group: {names}")
     raise SystemExit(stop)

@@ -234,6 +234,48 @@ def test_crops_do_not_depend_on_the_batch(noisy):
                 assert torch.equal(picture, small[index])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_randaugment_is_a_function_of_the_seed_alone(noisy, workers):
+    plain = list(load(noisy).epoch(SEED, 8))
+    torch.manual_seed(workers)
+    sets, state = data_sets.load("imagenet-16", noisy, workers, True), torch.get_rng_state()
+    made = list(sets.epoch(SEED, 8))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(y, w) for (_, y), (_, w) in zip(plain, made, strict=True))
+    changed = [(x != v).flatten(1).any(1) for (x, _), (v, _) in zip(plain, made, strict=True)]
+    assert torch.cat(changed).float().mean() > 0.8  # an operation may be none, or change nothing
+    assert equal(sets.epoch(SEED, 8), made) and equal(sets.epoch(SEED, 8, skip=3), made[3:])
+    alone = sets.train.read([sets.train.chosen[:1]], SEED)
+    whole = sets.train.read([sets.train.chosen], SEED)
+    assert torch.equal(next(alone)[0], next(whole)[0][:1])
+    assert not equal(sets.epoch((*SEED[:2], 8), 8), made)
+
+
+def test_randaugment_is_torchvisions_on_the_cropped_picture(noisy):
+    from torchvision.transforms import v2
+
+    plain, sets = load(noisy), data_sets.load("imagenet-16", noisy, 0, True)
+    transform = v2.RandAugment(2, 9, interpolation=v2.InterpolationMode.BILINEAR)
+    chosen = sets.train.chosen[:12]
+    (cropped, _), (made, _) = (next(s.train.read([chosen], SEED)) for s in (plain, sets))
+    for place, before, after in zip(chosen.tolist(), cropped, made, strict=True):
+        pixels = bytes_of(before[None])[0].byte()
+        generator = generator_for(*SEED, place)
+        torch.rand(folders_module._TRIES + 1, 4, generator=generator, dtype=torch.float64)
+        torch.set_rng_state(generator.get_state())  # behind the crop's numbers
+        wanted = transform(v2.functional.to_pil_image(pixels))
+        assert torch.equal(v2.functional.pil_to_tensor(wanted).long(), bytes_of(after[None])[0])
+
+
+def test_randaugment_leaves_test_pictures_and_calibration_alone(noisy):
+    plain, sets = load(noisy), data_sets.load("imagenet-16@0/4", noisy, 0, True)
+    assert equal(sets.holdout.batches(4), plain.holdout.batches(4))
+    folded = data_sets.load("imagenet-16@0/4", noisy)
+    assert equal(sets.test.batches(4), folded.test.batches(4)) and sets.train.randaugment
+    for mine, theirs in zip(sets.calibration(9, 4), folded.calibration(9, 4), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_calibration_batches_are_fixed_plain_training_inputs(noisy):
     sets = load(noisy)
     batches = sets.calibration(20, 8)

@@ -1,17 +1,19 @@
 """Recipe fields of the engine do what they say."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_engine import MODEL, SHORT, run, toy
+from test_engine import MODEL, SHORT, OneSubnet, Stop, crash_before, model, run, same, toy, weights
 
-from sparse_cocktail import models, stepping
+from sparse_cocktail import Cocktail, models, stepping
 from sparse_cocktail.checkpoint import load_checkpoint
-from sparse_cocktail.engine import Trainer
+from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors, write_tensors
+from sparse_cocktail.methods import METHODS, Pass
 from sparse_cocktail.stepping import Stepper
 
 
@@ -57,6 +59,107 @@ def test_norm_and_bias_without_weight_decay(tmp_path, rates):
 def test_nesterov_reaches_the_optimizer(tmp_path, rates):
     run(tmp_path, nesterov=True)
     assert all(group["nesterov"] for group in rates[0][2])
+
+
+# ---- AdamW ---------------------------------------------------------------------------------------
+
+ADAMW = {"optimizer": "adamw", "lr": 0.01, "min_lr": 0.0, "restart_lr": 0.001}
+
+
+def test_adamw_takes_its_fields(tmp_path, monkeypatch):
+    seen = []
+    original = torch.optim.AdamW.step
+
+    def look(self, *args, **kwargs):
+        seen.append([{k: v for k, v in g.items() if k != "params"} for g in self.param_groups])
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", look)
+    run(tmp_path, **ADAMW, momentum=0.8, beta2=0.98, weight_decay=0.3, decay_norm_bias=False)
+    assert all(group["betas"] == (0.8, 0.98) for groups in seen for group in groups)
+    assert [group["weight_decay"] for group in seen[0]] == [0.3, 0.0]
+    assert seen[0][0]["lr"] == 0.01 and not seen[0][0]["amsgrad"]
+
+
+def test_resume_with_adamw_is_bit_exact(tmp_path, monkeypatch):
+    fields = {**ADAMW, "checkpoint_every": 2, "epochs": 2}
+    run(tmp_path / "whole", **fields)
+    undo = crash_before(monkeypatch, 1, 5)
+    with pytest.raises(Stop):
+        run(tmp_path / "broken", **fields)
+    undo()
+    run(tmp_path / "broken", resume=True, **fields)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
+class DenseThenSparse(OneSubnet):
+    """In its second stage a dense step, then sparse ones, so that the moments are not 0."""
+
+    def step(self, ctx):
+        sparse = ctx.stage == 1 and ctx.step > 0
+        return [Pass("channel-0.5000" if sparse else "dense")]
+
+
+@pytest.mark.parametrize("mask_update", ["freeze", "shared"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_sparse_step_leaves_pruned_weights_and_their_moments(
+    tmp_path, monkeypatch, optimizer, mask_update
+):
+    monkeypatch.setitem(METHODS, "mixed", DenseThenSparse)
+    original, moved = Stepper.step, {}
+
+    def tensors(stepper, parameter):
+        state = stepper.ctx.optimizer.state[parameter]
+        moments = {k: v for k, v in state.items() if v.shape == parameter.shape}
+        return {k: v.detach().clone() for k, v in {"weight": parameter, **moments}.items()}
+
+    def look(self, *args):
+        if (self.ctx.stage, self.ctx.step) != (1, 1):
+            return original(self, *args)
+        pairs = self.ctx.cocktail.kept_parameters(["channel-0.5000"])
+        before = [tensors(self, p) for p, _ in pairs]
+        original(self, *args)
+        for (parameter, kept), old in zip(pairs, before, strict=True):
+            for name, now in tensors(self, parameter).items():
+                changed = now != old[name]
+                moved.setdefault(name, []).append((changed[~kept].any(), changed[kept].any()))
+        return None
+
+    monkeypatch.setattr(Stepper, "step", look)
+    fields = {"method": "mixed", "threads": 1, "recalibrate_samples": 64, "weight_decay": 0.1}
+    train(model(), toy(), tmp_path, optimizer=optimizer, mask_update=mask_update, **fields)
+    moments = {"adamw": {"exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}[optimizer]
+    assert moved.keys() == {"weight", *moments}
+    for pairs in moved.values():
+        assert all(kept for _, kept in pairs)
+        assert all(bool(pruned) == (mask_update == "shared") for pruned, _ in pairs)
+
+
+# ---- which layers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"mask_first": True}, {"conv1", "blocks"}),
+        ({"mask_first": True, "mask_linear": True}, {"conv1", "blocks", "fc"}),
+        ({"mask_only": "blocks.2"}, {"blocks"}),
+        ({"mask_only": "fc|conv1", "mask_first": True, "mask_linear": True}, {"conv1", "fc"}),
+    ],
+    ids=["first", "first and last", "one block", "ends"],
+)
+def test_masks_lie_where_the_fields_say(tmp_path, fields, names):
+    run(tmp_path, **fields)
+    report = (tmp_path / "log.jsonl").read_text().splitlines()
+    masked = next(json.loads(line)["masked"] for line in report if '"conversion"' in line)
+    assert {name.partition(".")[0] for name in masked} == names
+    if "mask_only" in fields and "blocks" in names:
+        assert all(name.startswith("blocks.2.") for name in masked) and masked
+    loaded = Cocktail.load(tmp_path / "cocktail.safetensors")
+    assert list(loaded.layers) == masked
+
+
+# ---- precision, weights to start from, logs ------------------------------------------------------
 
 
 def test_fp16_scales_its_loss_and_trains(tmp_path):

@@ -37,7 +37,7 @@ def _train(
     **overrides: Any,
 ) -> None:
     """Train, evaluate every subnet, and leave results, cocktail, log and plots in one folder."""
-    from ..config import apply_preset, read_recipe
+    from ..config import apply_preset, for_method, read_recipe
     from ..files import read_json
 
     if paper and parity:
@@ -46,6 +46,7 @@ def _train(
     if resume and (out / "config.json").is_file():
         fields = read_json(out / "config.json")
     given = {name: value for name, value in overrides.items() if value is not None}
+    fields = for_method(fields, given.get("method"))
     if paper or parity:
         apply_preset(fields, "parity" if parity else "paper", given)
     fields.update(given)

@@ -11,6 +11,7 @@ from .base import Data, Split, fold
 from .cifar import CIFAR, cifar
 from .embedded import digits, patches, synthetic
 from .folders import FolderData, folders
+from .mixing import mix
 from .random import generator_for
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "folders",
     "generator_for",
     "load",
+    "mix",
     "names",
     "patches",
     "synthetic",
@@ -35,7 +37,9 @@ def names() -> list[str]:
     return ["digits", "patches", *CIFAR, "imagenet", "synthetic"]
 
 
-def load(name: str, folder: str | Path = "", workers: int = 0) -> Data | FolderData:
+def load(
+    name: str, folder: str | Path = "", workers: int = 0, randaugment: bool = False
+) -> Data | FolderData:
     """Load a data set by name.
 
     Args:
@@ -45,10 +49,17 @@ def load(name: str, folder: str | Path = "", workers: int = 0) -> Data | FolderD
             of the training part as the test set.
         folder: where the files of cifar10, cifar100 and imagenet lie.
         workers: processes that decode the pictures of imagenet (0: none extra).
+        randaugment: RandAugment on the training pictures of imagenet.
 
-    Raises ValueError for an unknown name, FileNotFoundError for missing files.
+    Raises ValueError for an unknown name, or RandAugment on what is no folder of pictures;
+    FileNotFoundError for missing files.
     """
     base, _, part = name.partition("@")
+    if randaugment and not re.match(r"imagenet(-|$)", base):
+        raise ValueError(
+            f"data: randaugment=True is for folders of pictures (imagenet), but data={base!r}; "
+            "leave it out"
+        )
     if ":" in base:
         data = import_object(base)()
         if not isinstance(data, (Data, FolderData)):
@@ -60,7 +71,7 @@ def load(name: str, folder: str | Path = "", workers: int = 0) -> Data | FolderD
     elif base in CIFAR:
         data = cifar(base, folder)
     elif found := re.fullmatch(r"imagenet(?:-(\d+))?", base):
-        data = folders(folder, workers, int(found[1] or 224), base)
+        data = folders(folder, workers, int(found[1] or 224), base, randaugment)
     elif found := re.fullmatch(r"synthetic(?:-(\d+)x(\d+)x(\d+)-(\d+))?", base):
         numbers = [int(n) for n in found.groups() if n]
         data = synthetic(tuple(numbers[:3]), numbers[3]) if numbers else synthetic()

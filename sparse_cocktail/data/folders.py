@@ -53,6 +53,7 @@ class Pictures:
         size: height and width of what is handed out.
         workers: processes that decode (0: this one does).
         device: where batches are put.
+        randaugment: RandAugment wherever pictures are augmented.
     """
 
     files: np.ndarray
@@ -61,6 +62,7 @@ class Pictures:
     size: int
     workers: int = 0
     device: torch.device | str = "cpu"
+    randaugment: bool = False
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -83,7 +85,7 @@ class Pictures:
 
         Args:
             batches: (size,) int64 each.
-            seed: of the augmentation (None: the central crop). A picture's crop and flip are a
+            seed: of the augmentation (None: the central crop). What is drawn for a picture is a
                 function of (*seed, position) alone, whoever decodes it and in whichever batch.
 
         Yields:
@@ -94,7 +96,7 @@ class Pictures:
         device = torch.device(self.device)
         mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (_MEAN, _STD))
         loader = DataLoader(
-            _Decoder(self.files, self.labels, self.size, seed),
+            _Decoder(self.files, self.labels, self.size, seed, self.randaugment),
             sampler=[batch.numpy() for batch in batches],
             batch_size=None,  # an item is a whole batch
             num_workers=min(self.workers, len(batches)),  # starting one takes about 20 ms
@@ -169,20 +171,27 @@ class FolderData:
 
 
 def folders(
-    root: str | Path, workers: int = 0, size: int = 224, name: str = "imagenet"
+    root: str | Path,
+    workers: int = 0,
+    size: int = 224,
+    name: str = "imagenet",
+    randaugment: bool = False,
 ) -> FolderData:
     """Pictures in one folder per class, laid out as ImageNet usually is.
 
     Training pictures are cropped at random (8 to 100 % of the area, ratio 3:4 to 4:3), resized to
-    `size` and mirrored half of the time. Others are resized to `size` * 256 / 224 on the shorter
-    side and cropped in the centre. All are standardised by ImageNet's mean and deviation. The
-    hold-out is the last 5 % of a fixed shuffle of the training part, in which classes lie in a row.
+    `size`, mirrored half of the time, and go through RandAugment (Cubuk et al., 2020; two
+    operations of magnitude 9) where asked for. Others are resized to `size` * 256 / 224 on the
+    shorter side and cropped in the centre. All are standardised by ImageNet's mean and deviation.
+    The hold-out is the last 5 % of a fixed shuffle of the training part, in which classes lie in a
+    row.
 
     Args:
         root: folder with `train` and `val` (or `test`), each with one folder per class.
         workers: processes that decode (0: none extra). They change no bit of a batch.
         size: height and width of inputs.
         name: name of the data set, for reports.
+        randaugment: whether training pictures go through RandAugment.
 
     Raises:
         FileNotFoundError: when a part is missing or has no class folders.
@@ -193,7 +202,7 @@ def folders(
         if value < least:
             raise ValueError(f"data: {argument}={value} is below {least}")
     train_root, test_root = _parts(root, name)
-    image_folder = _torchvision()[0]
+    image_folder, _ = _torchvision()
     classes, files, labels = _scan(image_folder, train_root)
     test_classes, test_files, test_labels = _scan(image_folder, test_root)
     if classes != test_classes:
@@ -210,7 +219,9 @@ def folders(
     order = torch.randperm(count, generator=generator_for(0))
 
     def part(positions: Tensor) -> Pictures:
-        return Pictures(files, labels, positions.sort().values, size, workers)
+        return Pictures(
+            files, labels, positions.sort().values, size, workers, randaugment=randaugment
+        )
 
     whole_test = torch.arange(len(test_files))
     return FolderData(
@@ -266,10 +277,10 @@ def _some(names: list[str]) -> str:
 
 
 def _torchvision() -> tuple[type, Any]:
-    """torchvision's ImageFolder and its functions on pictures."""
+    """torchvision's ImageFolder and its module of transforms."""
     try:
         from torchvision.datasets import ImageFolder
-        from torchvision.transforms.v2 import functional
+        from torchvision.transforms import v2
     except ModuleNotFoundError as error:
         raise ValueError(
             f"data: folders of pictures need the extra [vision], and {error.name} is missing: "
@@ -281,7 +292,7 @@ def _torchvision() -> tuple[type, Any]:
             f"imported beside torch {torch.__version__} ({error}); install the torchvision that "
             "was built for this torch: pip install --force-reinstall 'sparse-cocktail[vision]'"
         ) from error
-    return ImageFolder, functional
+    return ImageFolder, v2
 
 
 # ---- decoding ------------------------------------------------------------------------------------
@@ -294,12 +305,18 @@ class _Decoder(Dataset):
     """
 
     def __init__(
-        self, files: np.ndarray, labels: Tensor, size: int, seed: tuple[int, ...] | None
+        self,
+        files: np.ndarray,
+        labels: Tensor,
+        size: int,
+        seed: tuple[int, ...] | None,
+        randaugment: bool,
     ) -> None:
         self.files, self.labels, self.size, self.seed = files, labels, size, seed
+        self.randaugment = randaugment
 
     def __getitem__(self, positions: np.ndarray) -> tuple[Tensor, Tensor] | str:
-        functional = _torchvision()[1]
+        functional = _torchvision()[1].functional
         pixels = torch.empty(len(positions), 3, self.size, self.size, dtype=torch.uint8)
         for row, position in enumerate(positions.tolist()):
             file = os.fsdecode(self.files[position])
@@ -314,9 +331,11 @@ class _Decoder(Dataset):
                 resized = functional.resize(picture, [round(self.size * _RESIZE)])
                 picture = functional.center_crop(resized, [self.size, self.size])
             else:
-                crop, flip = _draw(*picture.size, generator_for(*self.seed, position))
+                generator = generator_for(*self.seed, position)
+                crop, flip = _draw(*picture.size, generator)
                 picture = functional.resized_crop(picture, *crop, [self.size, self.size])
                 picture = functional.horizontal_flip(picture) if flip else picture
+                picture = _randaugment(picture, generator) if self.randaugment else picture
             pixels[row] = functional.pil_to_tensor(picture)
         return pixels, self.labels[torch.from_numpy(positions)]
 
@@ -344,6 +363,16 @@ def _draw(
     w = min(width, round(height * _RATIO[1]))  # nothing fits a long strip: its middle
     h = min(height, round(width / _RATIO[0]))
     return ((height - h) // 2, (width - w) // 2, h, w), flip
+
+
+def _randaugment(picture: Any, generator: torch.Generator) -> Any:
+    """Two random operations of magnitude 9, as in torchvision's own training of classifiers."""
+    v2 = _torchvision()[1]
+    transform = v2.RandAugment(2, 9, interpolation=v2.InterpolationMode.BILINEAR)
+    # torchvision draws from torch's global generator: it takes this one's numbers meanwhile
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(generator.get_state())
+        return transform(picture)
 
 
 def _begin_worker(_: int) -> None:

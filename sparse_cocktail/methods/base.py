@@ -6,7 +6,7 @@ schedules, rewinding, precision, checkpoints and logs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +68,9 @@ class Pass:
         loss: replaces the loss; called as loss(output, target, teacher_output).
         transform: changes the input.
         dense_grad: give pruned weights their straight-through gradient.
+        weights: makes what the masked layers compute with instead of their own weights: one tensor
+            per layer, in the order of `Cocktail.layers`. Gradients flow through them, and it is
+            called anew for every part of a batch.
     """
 
     subnet: str
@@ -77,6 +80,7 @@ class Pass:
     loss: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
     transform: Callable[[Tensor], Tensor] | None = None
     dense_grad: bool = False
+    weights: Callable[[], Sequence[Tensor]] | None = None
 
 
 @dataclass
@@ -137,6 +141,8 @@ class Context:
     def weights(self) -> dict[str, Tensor]:
         """Everything but masks: parameters (the tensors themselves) and copies of the buffers."""
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        own = {id(p) for p in self.cocktail.own_parameters()}  # another subnet's come back below
+        parameters = {name: p for name, p in parameters.items() if id(p) not in own}
         with self.cocktail.using("dense"):
             state = self.model.state_dict()
             return {k: v.detach() if k in parameters else v.clone() for k, v in state.items()}
@@ -226,6 +232,9 @@ class Context:
 class Method:
     """Base of all methods. `Options` are its recipe fields, `State` is what a resume needs."""
 
+    # Whether the dense network is one of those that the method trains.
+    TRAINS_DENSE: ClassVar[bool] = True
+
     # Fields by the name of a procedure, such as "paper": what `sparse-cocktail train --paper` sets.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -266,22 +275,51 @@ class Method:
     def after_epoch(self, ctx: Context) -> None:
         """After an epoch; `ctx.epoch` is the epoch that ended."""
 
-    def finish(self, ctx: Context) -> dict[str, dict[str, float]]:
+    # ---- what a run leaves -----------------------------------------------------------------------
+
+    @classmethod
+    def cost(cls, options: Any, epochs: int) -> float:
+        """What a run with `epochs` per stage computes, in forward-backward passes over the
+        training set (a forward alone is a third). `sparse-cocktail compare` gives equal shares."""
+        raise TypeError(f"{cls.__name__} must override cost(options, epochs)")
+
+    def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
+        """Subnets by the weights that they compute with: a file of the run's folder that
+        `save_weights` wrote, or "" for the weights that the model holds at the end."""
+        return {"": list(ctx.cocktail.subnets)}
+
+    def finish(self, ctx: Context) -> dict[str, dict[str, Any]]:
         """Recalibrate and measure every subnet; the only place that reads the test set.
 
-        Returns {subnet: {"accuracy": percent, and optionally "accuracy_own",
-        "accuracy_interpolated"}}.
-        """
-        return {name: {"accuracy": acc} for name, acc in self.final_accuracies(ctx).items()}
+        A file of weights becomes a cocktail file of its own with the subnets that it serves, in
+        the run's folder `networks`.
 
-    def final_accuracies(self, ctx: Context) -> dict[str, float]:
-        """Recalibrate every subnet for good and measure it on the test set."""
+        Returns {subnet: {"accuracy": percent, and optionally "accuracy_own",
+        "accuracy_interpolated", and for a file of weights "weights": that of the cocktail}}. A
+        subnet that computes with several sets has an entry "NAME (FILE)" with "subnet": NAME for
+        each after the first.
+        """
+        scores: dict[str, dict[str, Any]] = {}
+        for file, names in self.weight_sets(ctx).items():
+            if file:
+                ctx.cocktail.activate("dense")
+                ctx.model.load_state_dict(ctx.read_weights(file))
+            place = f"networks/{Path(file).name}" if file else None
+            for name, accuracy in self.final_accuracies(ctx, names).items():
+                key = f"{name} ({file})" if name in scores else name
+                scores[key] = {"subnet": name, "accuracy": accuracy, "weights": place}
+            if file and (not dist.is_initialized() or dist.get_rank() == 0):
+                ctx.cocktail.save(ctx.folder / place, {"config": vars(ctx.config)}, names)
+        return scores
+
+    def final_accuracies(self, ctx: Context, names: list[str]) -> dict[str, float]:
+        """Recalibrate subnets for good and measure them on the test set."""
         scores, batches = {}, ctx.calibration()
-        for index, (name, subnet) in enumerate(ctx.cocktail.subnets.items()):
-            ctx.progress("measure", index, len(ctx.cocktail.subnets))
+        for index, name in enumerate(names):
+            ctx.progress("measure", index, len(names))
             if batches:
                 ctx.cocktail.recalibrate(name, batches)
                 ctx.count("forward", sum(map(len, batches)))
             with ctx.cocktail.using(name):
-                scores[name] = subnet.accuracy = ctx.accuracy("test")
+                scores[name] = ctx.cocktail.subnets[name].accuracy = ctx.accuracy("test")
         return scores

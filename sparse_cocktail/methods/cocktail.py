@@ -61,6 +61,16 @@ class SparseCocktail(Method):
             stages.append(Stage("consolidate", epochs, lambda t: cosine(peak, o.min_lr, t / steps)))
         return stages
 
+    @classmethod
+    def cost(cls, options: CocktailOptions, epochs: int) -> float:
+        teacher = 1 / 3 if options.distill and not options.pair_batches else 0.0
+        sparse = 1 / 2 if options.dense_pivot else 3 / 4  # of the steps
+        stages = epochs + options.stages * epochs * (1.0 + sparse * teacher)
+        if not options.consolidate:
+            return stages
+        rounds = max(1, round(options.consolidate * epochs))
+        return stages + rounds * (1 + options.consolidate_subnets)
+
     def _report_ineligible(self, ctx: Context) -> None:
         """Log what the N:M patterns leave dense, before the first step."""
         for name, stage in ctx.options.nm.items():
@@ -211,6 +221,6 @@ class SparseCocktail(Method):
             for name, accuracy in ctx.measure(list(scores), "test").items():
                 scores[name]["accuracy_interpolated"] = accuracy
         ctx.model.load_state_dict(final)
-        for name, accuracy in self.final_accuracies(ctx).items():
+        for name, accuracy in self.final_accuracies(ctx, list(scores)).items():
             scores[name]["accuracy"] = accuracy
         return scores
