@@ -20,24 +20,53 @@ ModelOption = Annotated[
 ]
 
 
-def _load(path: Path, model: str = ""):
-    """The cocktail of a file or run; your own model is built as the run built it."""
+def _files(path: Path, subnet: str = "") -> list[Path]:
+    """The cocktail of a file or run; a run of separate networks has one for each, or a subnet's."""
+    from ..patterns import parse
+
+    if not path.is_dir():
+        return [path]
+    if (path / "cocktail.safetensors").is_file():
+        return [path / "cocktail.safetensors"]
+    networks = sorted(path.glob("networks/*.safetensors"))
+    if not networks or not (path / "results.json").is_file():
+        raise ValueError(
+            f"{path} holds no finished run; for an interrupted one: sparse-cocktail resume {path}"
+        )
+    if not subnet:
+        return networks
+    name = str(parse(subnet))
+    if chosen := [file for file in networks if file.stem == name]:
+        return chosen
+    raise ValueError(
+        f"{path} has no network {name}; there are {', '.join(file.stem for file in networks)}: "
+        "name one, or give its file"
+    )
+
+
+def _load(path: Path, model: str = "", subnet: str = ""):
+    """One cocktail of a file or run; your own model is built as the run built it."""
     from .. import models
     from ..cocktail import Cocktail
     from ..cocktail_file import read_cocktail
 
-    if path.is_dir():
-        if not (path / "cocktail.safetensors").is_file():
-            raise ValueError(
-                f"{path} holds no finished run; for an interrupted one: sparse-cocktail resume "
-                f"{path}"
-            )
-        path = path / "cocktail.safetensors"
+    path, *others = _files(path, subnet)
+    if others:
+        raise ValueError(
+            f"{path.parent.parent} holds {1 + len(others)} networks of separate weights, such as "
+            f"{path.stem}: name one, or give its file in {path.parent}"
+        )
     if not model:
         return Cocktail.load(path)
     header, _ = read_cocktail(path)
     arguments = header["extra"].get("config", {}).get("model_args")
     return Cocktail.load(path, models.create(model, arguments))
+
+
+def _shown(cocktail) -> list[str]:
+    """The subnets of a file, less a dense network that is not a product of what was measured."""
+    measured = [n for n, s in cocktail.subnets.items() if s.accuracy is not None]
+    return [n for n in cocktail.subnets if n != "dense" or not measured or n in measured]
 
 
 def _data_of(cocktail, data: str | None = None, folder: str | None = None):
@@ -70,22 +99,28 @@ def evaluate(
 
     if split not in ("train", "holdout", "test"):
         raise ValueError(f"eval: split={split!r} is not one of train, holdout, test")
-    cocktail = _load(file, model)
-    samples = getattr(_data_of(cocktail, data, data_dir), split)
     table = Table("subnet", "sparsity", "accuracy", "parameters", title=f"{file} on {split}")
-    sizes = {row["name"]: row for row in cocktail.summary()}
-    for name in [cocktail.subnet(name).name for name in subnet or cocktail.subnets]:
-        cocktail.activate(name)
-        cocktail.model.eval()
-        with torch.no_grad():
-            parts = [
-                Classification().metric(cocktail.model(x), y) for x, y in samples.batches(1024)
-            ]
-        accuracy = 100.0 * sum(float(s) for s, _ in parts) / sum(n for _, n in parts)
-        row = sizes[name]
-        table.add_row(
-            name, f"{100 * row['sparsity']:.1f} %", f"{accuracy:.2f}", f"{row['parameters']:,}"
-        )
+    data_set = None
+    files = list(dict.fromkeys(f for name in subnet or [""] for f in _files(file, name)))
+    for path in files:
+        cocktail = _load(path, model)
+        data_set = data_set or _data_of(cocktail, data, data_dir)
+        samples = getattr(data_set, split)
+        sizes = {row["name"]: row for row in cocktail.summary()}
+        wanted = subnet if subnet and len(files) == 1 else _shown(cocktail)
+        names = [cocktail.subnet(name).name for name in wanted]
+        for name in names:
+            cocktail.activate(name)
+            cocktail.model.eval()
+            with torch.no_grad():
+                parts = [
+                    Classification().metric(cocktail.model(x), y) for x, y in samples.batches(1024)
+                ]
+            accuracy = 100.0 * sum(float(s) for s, _ in parts) / sum(n for _, n in parts)
+            row = sizes[name]
+            table.add_row(
+                name, f"{100 * row['sparsity']:.1f} %", f"{accuracy:.2f}", f"{row['parameters']:,}"
+            )
     console.print(table)
 
 
@@ -119,7 +154,7 @@ def export(
             "export: give either the name of a subnet or limits (--max-flops, --max-bytes, "
             "--max-ms)"
         )
-    cocktail = _load(file, model)
+    cocktail = _load(file, model, subnet)
     if not subnet:
         by_size = max_flops is None and max_ms is None
         example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))
@@ -176,19 +211,23 @@ def info(
     if file is None:
         _machine()
         return
-    cocktail = _load(file, model)
     columns = ("subnet", "sparsity", "nnz", "parameters", "bytes", "accuracy")
     table = Table(*columns, title=str(file))
-    for row in cocktail.summary():
-        accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
-        table.add_row(
-            row["name"],
-            f"{100 * row['sparsity']:.1f} %",
-            f"{row['nnz']:,}",
-            f"{row['parameters']:,}",
-            f"{row['bytes']:,}",
-            accuracy,
-        )
+    for path in _files(file):
+        cocktail = _load(path, model)
+        shown = _shown(cocktail)
+        for row in cocktail.summary():
+            if row["name"] not in shown:
+                continue
+            accuracy = "" if row["accuracy"] is None else f"{row['accuracy']:.2f}"
+            table.add_row(
+                row["name"],
+                f"{100 * row['sparsity']:.1f} %",
+                f"{row['nnz']:,}",
+                f"{row['parameters']:,}",
+                f"{row['bytes']:,}",
+                accuracy,
+            )
     console.print(table)
 
 
