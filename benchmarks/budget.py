@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from sparse_cocktail import data
-from sparse_cocktail.ablation import train_all
 from sparse_cocktail.averaging import ALPHAS
 from sparse_cocktail.config import apply_preset, read_recipe, split_fields
 from sparse_cocktail.files import write_atomic, write_json
 from sparse_cocktail.patterns import family
 from sparse_cocktail.plots import PATTERNS, save_figure
+from sparse_cocktail.runs import train_all
 
 SEED = 100  # of the first fold: apart from the seeds of reported runs
 

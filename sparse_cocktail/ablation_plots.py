@@ -9,10 +9,13 @@ from typing import Any
 from .patterns import family
 from .plots import PATTERNS, save_figure
 
-__all__ = ["plot_ablation"]
+__all__ = ["Looks", "draw_curves", "draw_search", "plot_ablation"]
 
-# Rows of the curves, in this order, with their looks; the scatter of all rows has its own picture.
-_LOOKS = {
+# Of rows by name: label, colour, marker, line.
+Looks = dict[str, tuple[str, str, str, str]]
+
+# Rows of the curves, in this order; the scatter of all rows has its own picture.
+_LOOKS: Looks = {
     "paper": ("published procedure", "#222222", "o", "-"),
     "no-umg": ("w/o UMG", "#e69f00", "v", "--"),
     "ast-order": ("dense pivot → AST's order", "#0072b2", "s", "--"),
@@ -20,6 +23,7 @@ _LOOKS = {
     "no-rewind": ("w/o rewinding", "#d55e00", "^", "--"),
     "default": ("with consolidation (ours)", "#009e73", "*", "-"),
 }
+_PANELS = ("unstructured", "channel", "n:m", "block")
 _FAR = 8.0  # points: a gap beyond is written, not drawn
 _SEARCHES = ("paper", "ast-order", "no-rewind")
 
@@ -30,39 +34,48 @@ def plot_ablation(folder: str | Path) -> list[Path]:
     summary = json.loads((folder / "ablation.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     made = []
-    if curves := [name for name in _LOOKS if name in rows]:
-        draw = lambda figure: _curves(figure, summary, rows, curves)  # noqa: E731
+    if looks := {name: look for name, look in _LOOKS.items() if name in rows}:
+        draw = lambda figure: draw_curves(figure, summary, rows, looks)  # noqa: E731
         made.append(save_figure(folder / "curves.png", draw, (11.0, 4.2)))
     if "paper" in rows and len(rows) > 1:
         height = 1.6 + 0.24 * len(rows)
         draw = lambda figure: _differences(figure, summary, rows)  # noqa: E731
         made.append(save_figure(folder / "differences.png", draw, (10.0, height)))
-    searched = [name for name in _SEARCHES if name in rows and rows[name]["choices"][0]]
+    searched = {n: _LOOKS[n] for n in _SEARCHES if n in rows and rows[n]["choices"][0]}
     if searched:
-        draw = lambda figure: _search(figure, rows, searched)  # noqa: E731
+        draw = lambda figure: draw_search(figure, rows, searched)  # noqa: E731
         made.append(save_figure(folder / "search.png", draw, (8.0, 5.5)))
     return made
 
 
 def _title(summary: dict[str, Any]) -> str:
-    return f"{summary['model']} on {summary['data']}, {len(summary['seeds'])} seeds"
+    count = len(summary["seeds"])
+    return f"{summary['model']} on {summary['data']}, {count} seed{'s' if count > 1 else ''}"
 
 
-def _curves(figure, summary: dict[str, Any], rows: dict[str, Any], names: list[str]) -> None:
-    """Accuracy of every subnet per pattern, one line per variant, bars = std over seeds."""
-    present = rows[names[0]]["accuracy"]
-    families = [key for key in ("unstructured", "channel", "n:m") if key in present]
+def draw_curves(figure, summary: dict[str, Any], rows: dict[str, Any], looks: Looks) -> None:
+    """Accuracy of every subnet: a panel per pattern, a line per row, bars = std over seeds."""
+    families = [k for k in _PANELS if any(k in rows[name]["accuracy"] for name in looks)]
     widths = [1.0 if key != "n:m" else 0.6 for key in families]
     panels = figure.subplots(1, len(families), width_ratios=widths, squeeze=False)[0]
     for panel, key in zip(panels, families, strict=True):
-        for place, name in enumerate(names):
-            label, colour, marker, line = _LOOKS[name]
-            members = [s for s in rows[name]["subnets"] if family(s["pattern"]) == key]
+        groups = {
+            name: [s for s in rows[name]["subnets"] if family(s["pattern"]) == key]
+            for name in looks
+            if key in rows[name]["accuracy"]
+        }
+        if key == "n:m":  # these share one sparsity: side by side, by their names
+            found = [s for members in groups.values() for s in members]
+            order = sorted((s["nominal"], len(s["name"]), s["name"]) for s in found)
+            places = {name: i for i, name in enumerate(dict.fromkeys(n for *_, n in order))}
+            panel.set_xticks(range(len(places)), list(places))
+        for place, (name, members) in enumerate(groups.items()):
+            label, colour, marker, line = looks[name]
             members.sort(key=lambda s: s["sparsity"])
             x = [100 * s["sparsity"] for s in members]
-            if key == "n:m":  # these share one sparsity: side by side, by their names
-                panel.set_xticks(range(len(members)), [s["name"] for s in members])
-                x = [i + 0.11 * (place - (len(names) - 1) / 2) for i in range(len(members))]
+            if key == "n:m":
+                aside = min(0.11, 0.8 / len(groups)) * (place - (len(groups) - 1) / 2)
+                x = [places[s["name"]] + aside for s in members]
             y, bars = [s["mean"] for s in members], [s["std"] or 0.0 for s in members]
             style = {"ls": "none" if key == "n:m" else line, "marker": marker, "color": colour}
             style["ms"] = 9 if marker == "*" else 5
@@ -70,10 +83,15 @@ def _curves(figure, summary: dict[str, Any], rows: dict[str, Any], names: list[s
         panel.set_title(PATTERNS[key][0], fontsize=11)
         panel.set_xlabel("Pattern" if key == "n:m" else "Zeros in the masked layers (%)")
         panel.grid(alpha=0.25)
-    panels[0].set_ylabel("Test accuracy (%)")
+    if families:
+        panels[0].set_ylabel("Test accuracy (%)")
     figure.suptitle(f"{_title(summary)} (bars: standard deviation)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    shown = {}  # one handle per label, from the first panel that has it
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    below = {"loc": "outside lower center", "frameon": False}
+    figure.legend(shown.values(), shown, ncols=3 if len(shown) <= 6 else 5, **below)
 
 
 def _differences(figure, summary: dict[str, Any], rows: dict[str, Any]) -> None:
@@ -110,11 +128,10 @@ def _differences(figure, summary: dict[str, Any], rows: dict[str, Any]) -> None:
     figure.suptitle(_title(summary))
 
 
-def _search(figure, rows: dict[str, Any], names: list[str]) -> None:
+def draw_search(figure, rows: dict[str, Any], looks: Looks) -> None:
     """Chosen factors (Fig. 6) and the scores of all candidates, first seed (Fig. 7)."""
     factors, scores = figure.subplots(2, 1, sharex=True)
-    for name in names:
-        label, colour, marker, line = _LOOKS[name]
+    for name, (label, colour, marker, line) in looks.items():
         runs = rows[name]["choices"]
         stages = [choice["stage"] for choice in runs[0]]
         chosen = [[run[i]["alpha"] for run in runs] for i in range(len(stages))]

@@ -19,6 +19,7 @@ from .plots import (
     LEGEND,
     PATTERNS,
     choices_of,
+    counted,
     family,
     pictures,
     plain,
@@ -50,6 +51,7 @@ _SUBNET = {
     "accuracy_interpolated": _MAYBE,
     "parameters": int,
     "flops": _MAYBE,
+    "weights": (str, type(None)),
 }
 _REMEDY = "the file was edited or is another program's: take the original copy, or train again"
 
@@ -204,7 +206,7 @@ def run_page(results: dict[str, Any], log: list[dict[str, Any]]) -> str:
 </head>
 <body>
 <header>
-<h1>{_text(results["data"])}: {len(results["subnets"])} networks from one weight set</h1>
+<h1>{_text(results["data"])}: {counted(results)}</h1>
 {_head(results)}
 </header>
 <main>

@@ -33,6 +33,20 @@ def grouped(subnets: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     return {key: members for key, members in groups.items() if members}
 
 
+def counted(results: dict[str, Any]) -> str:
+    """How many networks a run left, and how many weight sets they share, in words."""
+    networks, sets = results["subnets"], {s.get("weights") for s in results["subnets"]}
+    some = "1 network" if len(networks) == 1 else f"{len(networks)} networks"
+    return f"{some} from {'one weight set' if len(sets) == 1 else f'{len(sets)} weight sets'}"
+
+
+def shown_name(subnet: dict[str, Any], subnets: list[dict[str, Any]]) -> str:
+    """A subnet's name; where another has the same one, with the weights that it computes with."""
+    if sum(s["name"] == subnet["name"] for s in subnets) == 1 or not subnet.get("weights"):
+        return subnet["name"]
+    return f"{subnet['name']} ({Path(subnet['weights']).stem})"
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -46,7 +60,8 @@ def plain(value: Any) -> str:
 
 COLUMNS = ("subnet", "zeros", "acc.", "gap", "own", "interp.", "params", "FLOPs")
 LEGEND = (
-    "acc.: test accuracy in percent; gap: to dense; own: with that stage's own weights; "
+    "acc.: test accuracy in percent; gap: to dense, or to the mean of several dense networks; "
+    "own: with that stage's own weights; "
     "interp.: one weight set before consolidation; params: nonzero; "
     "FLOPs: multiply-adds per sample"
 )
@@ -55,12 +70,12 @@ LEGEND = (
 def table_groups(results: dict[str, Any]) -> dict[str, list[list[str]]]:
     """Rows of the table in the order of COLUMNS, per family; the last of several is their mean."""
     groups = grouped(results["subnets"])
-    dense = groups["dense"][0]["accuracy"] if "dense" in groups else None
+    dense = mean([s["accuracy"] for s in groups["dense"]]) if "dense" in groups else None
     rows: dict[str, list[list[str]]] = {}
     for key, members in groups.items():
         rows[key] = [
             [
-                *(s["name"], f"{100 * s['sparsity']:.1f} %"),
+                *(shown_name(s, members), f"{100 * s['sparsity']:.1f} %"),
                 *_accuracies([s], dense),
                 f"{s['parameters']:,}",
                 "" if s.get("flops") is None else f"{s['flops']:,}",
@@ -91,8 +106,9 @@ def _accuracies(members: list[dict[str, Any]], dense: float | None) -> list[str]
 
 def results_table(results: dict[str, Any]) -> Table:
     """All subnets, grouped by pattern with their means, as in the paper's Tables 1 and 2."""
+    title = "{method} on {data} ({model}, seed {seed}): ".format(**results)
     table = Table(
-        title="{method} on {data} ({model}, seed {seed})".format(**results),
+        title=title + counted(results),
         caption=LEGEND,
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -222,10 +238,12 @@ def _accuracy(figure, results: dict[str, Any]) -> None:
     axes.set(xlabel="Zeros in the masked layers (%)", ylabel="Test accuracy (%)")
     for panel in panels:
         panel.grid(alpha=0.25)
-        for s in groups.get("dense", []):
-            panel.axhline(s["accuracy"], color=PATTERNS["dense"][1], lw=1, ls=":")
-    title = f"{len(results['subnets'])} networks from one weight set: {plain(results['data'])}"
-    figure.suptitle(title, parse_math=False)
+        if dense := [s["accuracy"] for s in groups.get("dense", [])]:
+            colour = PATTERNS["dense"][1]
+            panel.axhline(mean(dense), color=colour, lw=1, ls=":")
+            if len(dense) > 1:  # a line for each would hide the rest
+                panel.axhspan(min(dense), max(dense), color=colour, lw=0, alpha=0.08)
+    figure.suptitle(f"{counted(results)}: {plain(results['data'])}", parse_math=False)
     figure.legend(handles=_handles(groups, words), ncols=3, **_BELOW)
 
 

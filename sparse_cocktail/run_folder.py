@@ -78,8 +78,10 @@ class RunFolder:
         for stray in self.path.rglob(".*.partial"):  # of a process that was killed while writing
             stray.unlink()
         if tree is None:
-            weights = [f"{n}.safetensors" for n in ("cocktail", "initial", "rewind", "interpolated")]
-            for name in (CHECKPOINT, LOG, RESULTS, "report.html", *weights):
+            weights = [
+                f"{n}.safetensors" for n in ("cocktail", "initial", "rewind", "interpolated")
+            ]
+            for name in (CHECKPOINT, LOG, RESULTS, "report.html", "connectivity.json", *weights):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("pool", "networks", "plots", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)

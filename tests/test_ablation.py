@@ -10,7 +10,7 @@ import pytest
 import yaml
 from test_cli import call
 
-from sparse_cocktail import ablation
+from sparse_cocktail import runs
 from sparse_cocktail.ablation import VARIANTS, ablate, markdown, variant_fields
 from sparse_cocktail.ablation_plots import plot_ablation
 from sparse_cocktail.checkpoint import load_checkpoint
@@ -100,7 +100,7 @@ def test_pictures(done):
 
 def test_a_second_call_trains_nothing_again(done, recipe, monkeypatch):
     out, summary = done
-    monkeypatch.setattr(ablation.subprocess, "Popen", lambda *a, **k: pytest.fail("trained again"))
+    monkeypatch.setattr(runs.subprocess, "Popen", lambda *a, **k: pytest.fail("trained again"))
     again = ablate(recipe, out, (1,), ["paper"], {"lr": 0.05})
     assert again["rows"][0]["accuracy"]["all"]["std"] is None
     assert (

@@ -16,7 +16,7 @@ ORDER = (
     ("allocation", "reference"),
     ("reference_nm", "reference_soft_topk"),
     ("ops",),
-    ("bank", "global_selection", "nm_formats", "regrowth"),
+    ("bank", "global_selection", "nm_formats", "regrowth", "soft_masks"),
     ("selection", "packing", "batch_norm"),
     ("modules",),
     ("conversion", "premask", "nm_modules"),
@@ -29,9 +29,10 @@ ORDER = (
     ("checkpoint", "config", "callbacks"),
     ("preparation", "stepping", "run_folder", "report", "stopping"),
     ("engine",),
-    ("plots", "ablation", "connectivity"),
-    ("ablation_plots", "connectivity_plots"),
-    ("page",),
+    ("plots", "runs", "connectivity"),
+    ("ablation", "compare_tables"),
+    ("ablation_plots", "compare", "connectivity_plots"),
+    ("compare_plots", "page"),
     ("cli",),
 )
 LEVEL = {module: level for level, row in enumerate(ORDER) for module in row}

@@ -211,6 +211,28 @@ def test_a_run_with_less_to_show(results):
     assert not {"own", "interp.", "FLOPs"} & set(page.cells)  # columns that nothing fills
 
 
+def test_pairs_of_networks_with_weights_of_their_own(results):
+    dense, sparse = results["subnets"][:2]
+    results["subnets"] = [
+        {**dense, "weights": "networks/dense-a.safetensors"},
+        {**sparse, "weights": "networks/a.safetensors"},
+        {**dense, "accuracy": 97.25, "weights": f"networks/{HOSTILE}.safetensors"},
+    ]
+    page = Page(run_page(results, LOG))
+    assert "digits: 3 networks from 3 weight sets" in page.text
+    at = page.cells.index("dense (dense-a)")
+    assert page.cells[at + 1 : at + 4] == ["0.0 %", "99.25", "+1.00"]
+    assert page.cells[page.cells.index("unstructured-0.2000") + 3] == "+0.25"
+    assert "script" not in page.tags
+
+
+def test_networks_without_a_dense_one(results):
+    results["subnets"] = [{**s, "weights": s["name"]} for s in results["subnets"][1:]]
+    page = Page(run_page(results, LOG))
+    assert "digits: 3 networks from 3 weight sets" in page.text
+    assert "gap" not in page.cells and "dense" not in page.cells
+
+
 def test_the_file_lies_in_the_run_or_where_one_says(results, tmp_path):
     save(tmp_path, results)
     assert write_page(tmp_path) == tmp_path / "report.html"
@@ -279,6 +301,7 @@ SUBNET = RESULTS["subnets"][1]
         (changed(subnets=[1]), None, "subnets[0] is a int, not an object"),
         (changed(subnets=[{**SUBNET, "accuracy": None}]), None, "has accuracy=None"),
         (changed(subnets=[{**SUBNET, "flops": "x"}]), None, "subnets[0] has flops='x'"),
+        (changed(subnets=[{**SUBNET, "weights": 3}]), None, "subnets[0] has weights=3"),
         (changed(subnets=[{**SUBNET, "pattern": "ring"}]), None, "has pattern='ring'"),
         (changed(seconds={"total": "1"}), None, "seconds has total='1'"),
         (changed(), "{", "log.jsonl, line 1, is no whole JSON"),

@@ -156,7 +156,7 @@ def test_few_subnets_are_enough(results, kept):
     results["subnets"] = [s for s in results["subnets"] if s["name"] in kept]
     figure = drawn(results, LOG, "accuracy")
     assert len(figure.axes) == (2 if kept == ["2:4"] else 1)
-    assert "1 networks" in figure.get_suptitle()
+    assert figure.get_suptitle() == "1 network from one weight set: digits"
 
 
 def test_all_factors_and_the_chosen_ones(results):
@@ -275,3 +275,59 @@ def test_rows_without_dense_and_with_missing_values(results):
     first, _, means = plots.table_groups(results)["unstructured"]
     assert first[3:6] == ["", "", ""] and first[7] == ""
     assert means == ["mean of 2", "", "98.25", "", "", "", "", ""]
+
+
+# ---- several weight sets -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(results):
+    """Two pairs of a dense and a sparse network, each with weights of its own."""
+    dense, sparse, sparser = results["subnets"][0], results["subnets"][2], results["subnets"][1]
+    results["subnets"] = [
+        {**dense, "accuracy": 99.0, "weights": "networks/dense-unstructured-0.2000.safetensors"},
+        {**sparse, "weights": "networks/unstructured-0.2000.safetensors"},
+        {**dense, "accuracy": 97.0, "weights": "networks/dense-unstructured-0.3600.safetensors"},
+        {**sparser, "weights": "networks/unstructured-0.3600.safetensors"},
+    ]
+    return results
+
+
+def test_weight_sets_are_counted(results, pairs):
+    assert plots.counted(pairs) == "4 networks from 4 weight sets"
+    assert plots.counted({"subnets": SUBNETS}) == "7 networks from one weight set"
+    mixed = [{**s, "weights": w} for s, w in zip(SUBNETS[:3], (None, None, "x"), strict=True)]
+    assert plots.counted({"subnets": mixed}) == "3 networks from 2 weight sets"
+    assert plots.results_table(pairs).title.endswith(": 4 networks from 4 weight sets")
+    title = drawn(pairs, LOG, "accuracy").get_suptitle()
+    assert title == "4 networks from 4 weight sets: digits"
+
+
+def test_several_dense_networks_in_the_table(pairs):
+    rows = plots.table_groups(pairs)
+    assert [row[0] for row in rows["dense"]] == [
+        "dense (dense-unstructured-0.2000)",
+        "dense (dense-unstructured-0.3600)",
+        "mean of 2",
+    ]
+    assert [row[3] for row in rows["dense"]] == ["+1.00", "-1.00", "+0.00"]
+    assert [row[0] for row in rows["unstructured"][:2]] == [
+        "unstructured-0.2000",
+        "unstructured-0.3600",
+    ]
+    assert [row[3] for row in rows["unstructured"]] == ["+0.50", "+0.00", "+0.25"]  # to 98
+
+
+def test_several_dense_networks_are_a_line_and_a_band(pairs):
+    (axes,) = drawn(pairs, LOG, "accuracy").axes
+    assert [line.get_ydata()[0] for line in axes.lines if line.get_ls() == ":"] == [98.0]
+    (band,) = axes.patches
+    assert (band.get_y(), band.get_y() + band.get_height()) == (97.0, 99.0)
+
+
+def test_no_dense_network_is_no_line(pairs):
+    pairs["subnets"] = pairs["subnets"][1::2]
+    figure = drawn(pairs, LOG, "accuracy")
+    assert not [line for line in figure.axes[0].lines if line.get_ls() == ":"]
+    assert not figure.axes[0].patches and "Dense" not in legend(figure)
+    assert [row[3] for row in plots.table_groups(pairs)["unstructured"]] == ["", "", ""]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from . import ablate, bench, menu, pictures, train, tune  # noqa: F401 - registers commands
+from . import ablate, bench, compare, connect, menu, pictures, train, tune  # noqa: F401 - they register
 from .base import app
 
 __all__ = ["app", "main"]
@@ -12,8 +12,8 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command; errors a user can mend are one line, not a traceback."""
-    from ..ablation import RunFailed
     from ..engine import Interrupted
+    from ..runs import RunFailed
     from ..selection import MasksDiffer
 
     known = (ValueError, KeyError, TypeError, OSError, FloatingPointError, RunFailed, MasksDiffer)

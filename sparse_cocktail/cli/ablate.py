@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..ablation import VARIANTS
-from .base import app, console
+from .base import app, changed_fields, console, runs_shown
 
 _HELP = (
     "Train a recipe with single decisions changed, over several seeds; table and pictures.\n\n"
@@ -40,26 +38,9 @@ def ablate(
     from ..ablation import ablate as run
     from ..ablation_plots import plot_ablation
 
-    changes = {}
-    for text in change or []:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"ablate: --set {text!r} is not FIELD=VALUE, as in epochs=4")
-        changes[name.replace("-", "_")] = yaml.safe_load(value)
+    changes = changed_fields("ablate", change)
     out = out or Path("runs") / f"ablation-{Path(recipe).stem}"
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-    )
-    with bar:
-        task = bar.add_task("first runs", total=None, visible=False)
-
-        def tell(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"done: {what}", visible=True)
-
+    with runs_shown() as tell:
         summary = run(recipe, out, range(1, seeds + 1), variant or (), changes, jobs, tell)
     console.print(_table(summary))
     pictures = plot_ablation(out)
@@ -68,7 +49,7 @@ def ablate(
 
 
 def _table(summary: dict) -> Table:
-    from ..ablation import spread
+    from ..runs import spread
 
     families = list(summary["rows"][0]["accuracy"])
     title = f"{summary['recipe']}, seeds {', '.join(map(str, summary['seeds']))}"

@@ -1,11 +1,17 @@
-"""The application that every command registers with, and the console they write to."""
+"""The application that every command registers with, and what several of them do."""
 
 from __future__ import annotations
 
-import typer
-from rich.console import Console
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-__all__ = ["app", "console"]
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+__all__ = ["app", "changed_fields", "console", "runs_shown"]
 
 app = typer.Typer(
     help="Co-train a dense network and a whole menu of sparse subnetworks from one weight set.",
@@ -14,3 +20,33 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
+
+
+def changed_fields(op: str, given: list[str] | None) -> dict[str, Any]:
+    """Recipe fields from the values of --set, each FIELD=VALUE."""
+    changes = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{op}: --set {text!r} is not FIELD=VALUE, as in lr=0.05")
+        changes[name.replace("-", "_")] = yaml.safe_load(value)
+    return changes
+
+
+@contextmanager
+def runs_shown() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar of many runs; gives what they tell, as `runs.Tell`, when one has ended."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task("first runs", total=None, visible=False)
+
+        def tell(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"done: {what}", visible=True)
+
+        yield tell

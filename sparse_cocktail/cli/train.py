@@ -87,10 +87,12 @@ def _run(fields: dict[str, Any], out: Path, resume: bool, overwrite: bool, plots
     pictures = [*plot_run(out), write_page(out)] if plots else []
     console.print(results_table(results))
     seconds = results["seconds"]
+    separate = not (out / "cocktail.safetensors").exists()
+    weights = out / ("networks" if separate else "cocktail.safetensors")
     console.print(
         f"{len(results['subnets'])} networks in {seconds['total']:.0f} s (mask steps "
         f"{seconds.get('mask', 0.0):.2f} s): "
-        + ", ".join(map(str, [out / "results.json", out / "cocktail.safetensors", *pictures]))
+        + ", ".join(map(str, [out / "results.json", weights, *pictures]))
     )
 
 

@@ -302,6 +302,8 @@ class Method:
         scores: dict[str, dict[str, Any]] = {}
         for file, names in self.weight_sets(ctx).items():
             if file:
+                dense = ctx.cocktail.subnets["dense"]
+                dense.accuracy = dense.statistics = None  # those of other weights
                 ctx.cocktail.activate("dense")
                 ctx.model.load_state_dict(ctx.read_weights(file))
             place = f"networks/{Path(file).name}" if file else None

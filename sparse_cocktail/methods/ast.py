@@ -1,0 +1,218 @@
+"""AST: subnets of one pattern take turns on shared weights (Yang et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..patterns import NM, Unstructured
+from ..reference import ones
+from ..schedules import cosine, length_in_steps
+from ..selection import check_ranks_agree
+from .ast_masks import next_masks
+from .base import Context, Method, Pass, Stage, option
+from .menu import MenuOptions, report_ineligible
+
+__all__ = ["AST", "ASTOptions", "without_conflict"]
+
+
+@dataclass
+class ASTOptions(MenuOptions):
+    """Recipe fields of AST. Lengths are epochs (int) or shares of the run (float)."""
+
+    FAMILIES = (Unstructured, NM)
+
+    own_norms: bool = option(True, "BatchNorm of its own for every subnet, scales and shifts too")
+    correct_gradients: bool = option(
+        True, "take out of a gradient what goes against that of the subnet before"
+    )
+    ramp_start: float = option(0.0, "where densities begin to fall: epochs (int) or share")
+    ramp_end: float = option(0.6875, "where they reach the patterns': epochs (int) or share")
+    update_until: float = option(0.8, "where masks become final: epochs (int) or share")
+    update_every: float = option(0.016, "between a subnet's mask updates: epochs (int) or share")
+    offset: float = option(
+        0.3, "what a subnet's updates come later than the one's before, as a share of update_every"
+    )
+    drop: float = option(0.5, "share of every layer's weights that are replaced at first")
+    drop_end: float = option(0.005, "the same at update_until; a cosine in between")
+
+    def check(self) -> None:
+        """Raise ValueError for fields out of range."""
+        for name in ("offset", "drop", "drop_end"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"ast: {name}={value} is not in [0, 1]; it is a share")
+        for name in ("ramp_start", "update_every"):
+            if not (value := getattr(self, name)) >= 0:
+                raise ValueError(f"ast: {name}={value} is negative; give epochs or a share")
+
+
+class AST(Method):
+    """Groups of as many steps as there are subnets: each step one subnet on a batch of its own.
+
+    Masks begin full. A subnet's updates set its scheduled density by the magnitude of the shared
+    weights, pruned ones included, then prune and regrow in every layer by a dense gradient. From
+    the ramp's end to `update_until` they prune and regrow only.
+    """
+
+    Options = ASTOptions
+    TRAINS_DENSE = False
+
+    @dataclass
+    class State:
+        previous: list = field(default_factory=list)  # gradients of the step before, in its group
+        optimizer: dict = field(default_factory=dict)  # of each subnet's own scales and shifts
+
+    # ---- schedule --------------------------------------------------------------------------------
+
+    def plan(self, ctx: Context) -> list[Stage]:
+        o, epochs = ctx.options, ctx.config.epochs
+        o.check()
+        self._menu = o.menu()
+        total = epochs * ctx.steps_per_epoch
+        lengths = (o.ramp_start, o.ramp_end, o.update_until, o.update_every)
+        self._start, self._end, self._stop, every = (
+            length_in_steps(length, epochs, ctx.steps_per_epoch) for length in lengths
+        )
+        if not self._start <= self._end <= self._stop <= total:
+            raise ValueError(
+                f"ast: ramp_start={o.ramp_start}, ramp_end={o.ramp_end} and "
+                f"update_until={o.update_until} are not in order within epochs={epochs}"
+            )
+        self._period = max(1, round(every / len(self._menu)))  # in steps of one subnet
+        report_ineligible(ctx, self._menu)
+        return [Stage("train", epochs, lambda step: cosine(ctx.config.lr, o.min_lr, step / total))]
+
+    @classmethod
+    def cost(cls, options: ASTOptions, epochs: int) -> float:
+        return float(epochs)
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """The subnet of a step, by its place in the menu, and how many steps it had before."""
+        return step % len(self._menu), step // len(self._menu)
+
+    def updates(self, ctx: Context, step: int) -> bool:
+        """Whether a step ends with new masks for its subnet."""
+        index, own = self.turn(step)
+        due = (own - round(index * ctx.options.offset * self._period)) % self._period == 0
+        return (due and self._start <= step < self._stop) or self._closes(step)
+
+    def _closes(self, step: int) -> bool:
+        """Whether this is the subnet's first step with its final density."""
+        return step - len(self._menu) < self._end <= step
+
+    def _progress(self, step: int) -> float:
+        """Of the density ramp, in [0, 1]."""
+        return 1.0 if step >= self._end else (step - self._start) / (self._end - self._start)
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def before_stage(self, ctx: Context) -> None:
+        for pattern in self._menu:
+            full = [ones(weight) for weight in ctx.cocktail.bank.weights]
+            name = ctx.cocktail.add(pattern, full, ctx.stage).name
+            if ctx.options.own_norms:
+                ctx.cocktail.keep_norms(name)
+
+    def step(self, ctx: Context) -> list[Pass]:
+        name = str(self._menu[self.turn(ctx.step)[0]])
+        self._pass = Pass(name, dense_grad=self.updates(ctx, ctx.step))
+        return [self._pass]
+
+    @torch.no_grad()
+    def before_step(self, ctx: Context) -> None:
+        weights = [layer.weight for layer in ctx.cocktail.layers.values()]
+        masks = ctx.cocktail.masks(self._pass.subnet)
+        self._dense = None
+        if self._pass.dense_grad:
+            self._dense = [_finite(w.grad) for w in weights]
+            for weight, bits in zip(weights, masks, strict=True):
+                weight.grad.copy_(ops.masked_weight(weight.grad, bits))
+            self._pass.dense_grad = False  # it has served: the engine may freeze pruned weights
+        if ctx.options.correct_gradients:
+            self._correct(ctx, weights, masks)
+        if ctx.options.own_norms:
+            self._take_optimizer(ctx)
+
+    def _correct(self, ctx: Context, weights: list[Tensor], masks: list[Tensor]) -> None:
+        """Project each layer's gradient; what comes next is compared with the uncorrected one.
+
+        Where pruned weights are frozen, the part of the previous gradient that they have is left
+        out, so that the update itself has no part along the rest.
+        """
+        mine = [_finite(w.grad) for w in weights]
+        shared = ctx.config.mask_update == "shared"
+        for weight, bits, before in zip(weights, masks, self.state.previous, strict=False):
+            before = before.to(ctx.device)
+            before = before if shared else ops.masked_weight(before, bits)
+            weight.grad.copy_(without_conflict(weight.grad, before))
+        last = self.turn(ctx.step)[0] == len(self._menu) - 1
+        self.state.previous = [] if last else mine  # a new group starts without
+
+    def _take_optimizer(self, ctx: Context) -> None:
+        """Give the optimizer what it knew of this subnet's scales and shifts when it last had them.
+
+        The optimizer writes into these very tensors.
+        """
+        parameters = ctx.cocktail.affine()
+        known = self.state.optimizer.get(self._pass.subnet) or [{} for _ in parameters]
+        self.state.optimizer[self._pass.subnet] = [
+            # counters, of no dimension, stay where the optimizer has them
+            {k: v.to(p.device) if isinstance(v, Tensor) and v.dim() else v for k, v in old.items()}
+            for p, old in zip(parameters, known, strict=True)
+        ]
+        for p, mine in zip(parameters, self.state.optimizer[self._pass.subnet], strict=True):
+            ctx.optimizer.state[p] = mine
+
+    def after_step(self, ctx: Context) -> None:
+        if ctx.options.own_norms:
+            ctx.cocktail.keep_norms(self._pass.subnet)
+        if self._dense is not None:
+            progress = (ctx.step - self._start) / max(1, self._stop - self._start)
+            drop = cosine(ctx.options.drop, ctx.options.drop_end, progress)
+            self._update(ctx, self.turn(ctx.step)[0], self._dense, drop)
+
+    def _update(
+        self, ctx: Context, index: int, gradients: list[Tensor] | None = None, drop: float = 0.0
+    ) -> None:
+        cocktail, pattern = ctx.cocktail, self._menu[index]
+        ramp = self._progress(ctx.step) if ctx.step < self._end + len(self._menu) else None
+        with ctx.timed("mask"):
+            weights = [layer.weight.detach() for layer in cocktail.layers.values()]
+            present = cocktail.masks(str(pattern))
+            made = next_masks(weights, pattern, present, ramp, gradients, drop)
+            cocktail.set_masks(str(pattern), made)
+            check_ranks_agree(cocktail.bank.digest(cocktail.subnets[str(pattern)].row))
+
+    # ---- end -------------------------------------------------------------------------------------
+
+    def after_stage(self, ctx: Context) -> None:
+        closed = {self.turn(step)[0] for step in range(self._end, ctx.step)}
+        for index in set(range(len(self._menu))) - closed:
+            self._update(ctx, index)  # the ramp ends with the run
+        self.state = self.State()
+
+    def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
+        return {"": [str(pattern) for pattern in self._menu]}
+
+
+def _finite(gradient: Tensor) -> Tensor:
+    """A copy without infinities, which fp16 has in steps that its scaler leaves out."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def without_conflict(gradient: Tensor, previous: Tensor) -> Tensor:
+    """The gradient without its part along `previous` where the two point against each other.
+
+    Args:
+        gradient, previous: of one layer, of one shape.
+
+    Returns:
+        gradient - <gradient, previous> / |previous|^2 * previous where the product is negative (the
+        paper's gradient correction; PCGrad, Yu et al., NeurIPS 2020), else the gradient.
+    """
+    product = (gradient * previous).sum()
+    share = torch.where(product < 0, product / previous.square().sum(), 0.0)
+    return gradient - share * previous

@@ -1,0 +1,199 @@
+"""Spartan: soft top-k masks that sharpen while all weights train (Tai et al., NeurIPS 2022)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..allocation import ALLOCATIONS
+from ..costs import flops
+from ..modules import output_positions
+from ..patterns import Block, Channel, Pattern, Unstructured
+from ..schedules import length_in_steps
+from ..selection import check_ranks_agree, eligible
+from ..soft_masks import SoftMasks, block_of
+from .base import Context, Pass, Stage, option
+from .menu import MenuOptions
+from .separate import Separate
+
+__all__ = ["Spartan", "SpartanOptions"]
+
+_CHOICES = {
+    "cost_model": ("sparsity", "flops"),
+    "allocation": ALLOCATIONS,
+    "normalise": ("none", "rms"),
+}
+SHARPEST = 1e6  # times the root of any unit's size it is in the range of ops.soft_topk_multi
+
+
+@dataclass
+class SpartanOptions(MenuOptions):
+    """Recipe fields of Spartan."""
+
+    FAMILIES = (Unstructured, Channel, Block)
+
+    sharpness: float = option(
+        10.0, "of the soft mask at the end of soft_phase; times the root of a block's size"
+    )
+    soft_phase: float = option(
+        0.8, "soft masks sharpen, then freeze: epochs (int) or share of a network's (float)"
+    )
+    budget_ramp: float = option(
+        0.2, "the kept share falls from 1 to its target: epochs (int) or share (float)"
+    )
+    cost_model: str = option("sparsity", "what a weight costs: sparsity (1) or flops (positions)")
+    allocation: str = option("global", "kept weights per layer: global, uniform or erk")
+    normalise: str = option("none", "rank weights as they are, or divided by their layer's rms")
+    adjust_cost: bool = option(
+        False, "prune masked layers more, so that the whole network has the pattern's density"
+    )
+
+    def check(self) -> None:
+        """Raise ValueError for fields out of range or that contradict each other."""
+        for name, allowed in _CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"spartan: {name}={value!r} is not one of {', '.join(allowed)}")
+        if not 0 <= self.sharpness <= SHARPEST:
+            raise ValueError(
+                f"spartan: sharpness={self.sharpness} is not in [0, {SHARPEST:g}]; the paper ends "
+                "at 10 for ResNet-50 and 20 for ViT-B/16"
+            )
+        if not self.soft_phase > 0:
+            raise ValueError(f"spartan: soft_phase={self.soft_phase} is not positive; 0.8 is usual")
+        if not self.budget_ramp >= 0:
+            raise ValueError(f"spartan: budget_ramp={self.budget_ramp} is not 0 or more")
+        if self.cost_model == "flops" and self.allocation != "global":
+            raise ValueError(
+                f"spartan: cost_model='flops' needs allocation='global', not {self.allocation!r}: "
+                "the weights of one layer all cost the same; set one of the two back"
+            )
+
+
+class Spartan(Separate):
+    """One network per pattern: a soft phase, then the mask is frozen and training goes on.
+
+    In the soft phase the network computes with w * m, where m is the soft mask of all weights (or
+    blocks, or channels) under a budget, zeroed where the budget does not reach; all weights get
+    gradients, through the mask too. The budget falls and the mask sharpens along lines. Then the
+    soft values of what is left stay as they are, and in the end they are multiplied into the
+    weights.
+
+    Units of unequal size (channels) share a global budget of weights: the sharpness then goes with
+    the root of their mean size. Layers that a block does not divide stay dense; Spartan's own code
+    prunes those unstructured, without a word but a print.
+    """
+
+    Options = SpartanOptions
+
+    @dataclass
+    class State:
+        roots: list = field(default_factory=list)  # of the last soft masks, one per budget
+        kept: dict = field(default_factory=dict)  # frozen soft values by pruned layer
+
+    # ---- what is pruned, and when ----------------------------------------------------------------
+
+    def plan(self, ctx: Context) -> list[Stage]:
+        o, epochs = ctx.options, ctx.config.epochs
+        o.check()
+        soft, ramp = (
+            length_in_steps(x, epochs, ctx.steps_per_epoch) for x in (o.soft_phase, o.budget_ramp)
+        )
+        steps = epochs * ctx.steps_per_epoch
+        if not ramp <= soft <= steps:
+            raise ValueError(
+                f"spartan: budget_ramp={o.budget_ramp} and soft_phase={o.soft_phase} are {ramp} "
+                f"and {soft} steps of {steps}; the budget falls within the soft phase, and that "
+                "ends within the run"
+            )
+        self._soft, self._ramp = max(1, soft), ramp
+        self._masks = {str(pattern): self._masks_of(ctx, pattern) for pattern in o.menu()}
+        return super().plan(ctx)
+
+    def _masks_of(self, ctx: Context, pattern: Pattern) -> SoftMasks:
+        o, shapes, costs = ctx.options, {}, {}
+        everything, positions = self._costs(ctx)
+        for index, (name, layer) in enumerate(ctx.cocktail.layers.items()):
+            reason = eligible(layer.weight.shape, pattern)
+            if isinstance(pattern, Channel) and index in ctx.cocktail.outputs:
+                reason = "its channels are the outputs"
+            if reason:
+                ctx.log("left_dense", pattern=str(pattern), layer=name, reason=reason)
+                continue
+            shapes[index] = tuple(layer.weight.shape)
+            costs[index] = positions.get(name, 1)
+        if not shapes:
+            raise ValueError(
+                f"spartan: no layer of {ctx.config.model} can take {pattern}; choose other patterns"
+            )
+        density, own = pattern.density, sum(math.prod(s) * costs[i] for i, s in shapes.items())
+        if o.adjust_cost:  # what is not pruned costs, too
+            density = 1.0 - (1.0 - density) * everything / own
+        if density <= 0:
+            raise ValueError(
+                f"spartan: adjust_cost=True, but layers that {pattern} cannot prune cost "
+                f"{everything - own:,} of {everything:,}, more than it leaves; prune less, or mask "
+                "more layers (mask_linear, mask_first)"
+            )
+        rms = o.normalise == "rms"
+        return SoftMasks(shapes, block_of(pattern), density, o.allocation, costs, rms, o.sharpness)
+
+    def _costs(self, ctx: Context) -> tuple[int, dict[str, int]]:
+        """The cost of the whole network, and that of one weight per layer where it is not 1."""
+        model = ctx.model
+        if ctx.options.cost_model == "sparsity":
+            return sum(p.numel() for p in model.parameters()), {}
+        positions = output_positions(model, ctx.data.example(1).to(ctx.device))
+        return flops(model, positions, {}), positions
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def step(self, ctx: Context) -> list[Pass]:
+        pattern, _, _ = self.present(ctx)
+        if self.state.kept:
+            return [Pass(str(pattern), weights=partial(self._frozen_weights, ctx))]
+        return [Pass("dense", weights=partial(self._soft_weights, ctx))]
+
+    def progress(self, step: int) -> tuple[float, float]:
+        """How far the budget has fallen and the sharpness has risen at a step of a network."""
+        return step / self._ramp if self._ramp else 1.0, step / self._soft
+
+    def _soft_weights(self, ctx: Context) -> list[Tensor]:
+        weights, masks = self._weights(ctx)
+        with ctx.timed("mask"):
+            progress = self.progress(ctx.step)
+            made, self.state.roots = masks.weights(weights, *progress, self.state.roots)
+        return made
+
+    def _frozen_weights(self, ctx: Context) -> list[Tensor]:
+        weights, masks = self._weights(ctx)
+        self.state.kept = {i: m.to(ctx.device) for i, m in self.state.kept.items()}
+        return masks.products(weights, self.state.kept)
+
+    def _weights(self, ctx: Context) -> tuple[list[Tensor], SoftMasks]:
+        pattern, _, _ = self.present(ctx)
+        return [m.weight for m in ctx.cocktail.layers.values()], self._masks[str(pattern)]
+
+    def after_step(self, ctx: Context) -> None:
+        if ctx.step + 1 == self._soft:
+            with ctx.timed("mask"):
+                self._freeze(ctx)
+
+    def _freeze(self, ctx: Context) -> None:
+        """Put the subnet on the menu, with the masks of the present weights for good."""
+        weights, masks = self._weights(ctx)
+        self.state.kept, bits = masks.freeze(weights, self.state.roots)
+        subnet = ctx.cocktail.add(self.present(ctx)[0], bits, stage=ctx.stage)
+        check_ranks_agree(ctx.cocktail.bank.digest(subnet.row))
+
+    @torch.no_grad()
+    def after_epoch(self, ctx: Context) -> None:
+        """At a network's end, make its weights those that it computes with."""
+        if ctx.epoch + 1 == ctx.stages[ctx.stage].epochs:
+            weights, _ = self._weights(ctx)
+            for weight, made in zip(weights, self._frozen_weights(ctx), strict=True):
+                weight.copy_(made)
+            self.state.roots, self.state.kept = [], {}
