@@ -13,7 +13,7 @@ from sparse_cocktail.config import split_fields
 from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS
-from sparse_cocktail.methods.dynamic import Timetable
+from sparse_cocktail.methods.dynamic_options import Timetable
 from sparse_cocktail.patterns import parse
 from sparse_cocktail.schedules import keep_count
 from sparse_cocktail.selection import magnitude_masks
@@ -308,7 +308,11 @@ def test_resume_is_bit_exact(method, monkeypatch, tmp_path):
         ("rigl", {"patterns": "2:4"}, r"does not train 2:4; it takes Unstructured"),
         ("set", {"patterns": "channel-0.5"}, r"does not train channel-0.5000"),
         ("granet", {"patterns": "block-4x4-0.5"}, r"does not train block"),
-        ("rigl", {"lr_schedule": "line"}, r"rigl: lr_schedule='line' is not one of cosine, steps"),
+        (
+            "rigl",
+            {"lr_schedule": "line"},
+            r"config: lr_schedule='line' is not one of cosine, steps",
+        ),
         ("rigl", {"update_every": 0}, r"rigl: update_every=0 is not positive"),
         ("rigl", {"update_until": -1}, r"rigl: update_until=-1 is not positive"),
         ("set", {"drop": 1.5}, r"set: drop=1.5 is not in \[0, 1\]"),

@@ -152,7 +152,7 @@ def test_without_rewinding_rounds_train_on(tmp_path):
         ("imp", {"stages": 0}, r"imp: stages=0 is below 1"),
         ("imp", {"rewind": 3}, r"imp: rewind=3 is not in \[0, epochs=2\]"),
         ("imp", {"prune_unstructured": 1.0}, r"imp: prune_unstructured=1.0 is not in \(0, 1\)"),
-        ("imp", {"min_lr": -0.1}, r"imp: min_lr=-0.1 is not 0 or more"),
+        ("imp", {"min_lr": -0.1}, r"config: min_lr=-0.1 is not 0 or more"),
         ("imp", {"stages": 60}, r"imp: stages=60 gives two subnets the same name"),
         ("lottery-pools", {"rewind": 0}, r"lottery-pools: rewind=0 is not in \[1, epochs=2\]"),
         ("lottery-pools", {"neighbours": -1}, r"lottery-pools: neighbours=-1 is not 0 or more"),
@@ -168,7 +168,7 @@ def test_options_that_make_no_run(tmp_path, method, fields, message):
 
 def test_costs():
     assert (
-        IMP.cost(IMP.Options(stages=4), 12) == LotteryPools.cost(LotteryPools.Options(4), 12) == 60
+        IMP.cost(IMP.Options(stages=4), 12) == LotteryPools.cost(LotteryPools.Options(stages=4), 12) == 60
     )
     assert Refilling.cost(Refilling.Options(stages=4), 12) == 108
 

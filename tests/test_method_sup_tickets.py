@@ -14,7 +14,7 @@ from sparse_cocktail.config import split_fields
 from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS
-from sparse_cocktail.methods.sup_tickets import Cycles
+from sparse_cocktail.methods.sup_tickets_options import Cycles
 from sparse_cocktail.recalibrate import recalibrate
 
 # 3 steps an epoch: 2 epochs of pre-training, then 3 cycles of 2 epochs

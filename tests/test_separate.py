@@ -201,7 +201,6 @@ def test_unknown_ladders_are_refused(kind):
     "fields, words",
     [
         ({"stages": 0}, "stages=0"),
-        ({"min_lr": -1.0}, "min_lr"),
         ({"patterns": "2:4,2:4"}, "twice"),
         ({"patterns": "dense"}, "dense"),
         ({"patterns": "2:5x"}, "unknown"),
@@ -211,6 +210,27 @@ def test_unknown_ladders_are_refused(kind):
 def test_bad_menus_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         MenuOptions(**fields).menu()
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"min_lr": -1.0}, "min_lr=-1.0 is not 0 or more"),
+        ({"lr_schedule": "line"}, "lr_schedule='line' is not one of cosine, steps"),
+        ({"lr_schedule": "steps", "milestones": "half"}, "milestones='half'"),
+    ],
+    ids=lambda v: "-".join(v) if isinstance(v, dict) else None,
+)
+def test_bad_schedules_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        MenuOptions(**fields).learning_rate(0.1, 10)
+
+
+def test_learning_rates():
+    cosine = MenuOptions(min_lr=0.0).learning_rate(0.2, 10)
+    assert [round(cosine(step), 6) for step in (0, 5, 10)] == [0.2, 0.1, 0.0]
+    steps = MenuOptions(lr_schedule="steps", milestones="0.3, 0.6").learning_rate(1.0, 10)
+    assert [steps(step) for step in (0, 2, 3, 6)] == pytest.approx([1, 1, 0.1, 0.01])
 
 
 def test_a_recipe_serves_other_methods(separate):

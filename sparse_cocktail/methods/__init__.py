@@ -4,7 +4,8 @@ from .acdc import ACDC
 from .ast import AST
 from .base import Context, Method, Pass, Stage
 from .cocktail import SparseCocktail
-from .dynamic import SET, GradualMagnitude, GraNet, RigL
+from .dynamic import SET, GraNet, RigL
+from .gradual import GradualMagnitude
 from .imp import IMP
 from .lottery_pools import LotteryPools
 from .mutualnet import MutualNet

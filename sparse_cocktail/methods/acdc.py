@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from .. import ops
 from ..patterns import Pattern
-from ..schedules import cosine, length_in_steps
+from ..schedules import length_in_steps
 from ..selection import check_ranks_agree, magnitude_masks
 from .base import Context, Pass, Stage, option
 from .menu import MenuOptions, report_ineligible
@@ -117,10 +117,10 @@ class ACDC(Separate):
         return super().plan(ctx)
 
     def network_stages(self, ctx: Context, pattern: Pattern) -> list[Stage]:
-        stages, lr, low = super().network_stages(ctx, pattern), ctx.config.lr, ctx.options.min_lr
+        stages = super().network_stages(ctx, pattern)
         if epochs := ctx.options.finetune_epochs(ctx.config.epochs):
-            steps, start = epochs * ctx.steps_per_epoch, dense_file(pattern)
-            stages.append(Stage("dense", epochs, lambda t: cosine(lr, low, t / steps), start))
+            lr = ctx.options.learning_rate(ctx.config.lr, epochs * ctx.steps_per_epoch)
+            stages.append(Stage("dense", epochs, lr, dense_file(pattern)))
         return stages
 
     @classmethod

@@ -43,7 +43,7 @@ class ASTOptions(MenuOptions):
         """Raise ValueError for fields out of range."""
         for name in ("offset", "drop", "drop_end"):
             if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"ast: {name}={value} is not in [0, 1]; it is a share")
+                raise ValueError(f"ast: {name}={value} is not in [0, 1]; give a share")
         for name in ("ramp_start", "update_every"):
             if not (value := getattr(self, name)) >= 0:
                 raise ValueError(f"ast: {name}={value} is negative; give epochs or a share")
@@ -79,7 +79,8 @@ class AST(Method):
         if not self._start <= self._end <= self._stop <= total:
             raise ValueError(
                 f"ast: ramp_start={o.ramp_start}, ramp_end={o.ramp_end} and "
-                f"update_until={o.update_until} are not in order within epochs={epochs}"
+                f"update_until={o.update_until} are not in order within epochs={epochs}; each must come "
+                "at or after the one before"
             )
         self._period = max(1, round(every / len(self._menu)))  # in steps of one subnet
         report_ineligible(ctx, self._menu)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import ops
 from ..patterns import Dense, Pattern, Unstructured
-from ..schedules import cosine, geometric_density, keep_count
+from ..schedules import geometric_density, keep_count
 from ..selection import check_ranks_agree
 from .base import Context, Method, Pass, Stage, option
+from .menu import ScheduleOptions
 from .updates import zero_pruned
 
 __all__ = ["IMP", "IMPOptions", "weights_file"]
@@ -22,7 +23,7 @@ REWIND = "rewind.safetensors"
 
 
 @dataclass
-class IMPOptions:
+class IMPOptions(ScheduleOptions):
     """Recipe fields of IMP."""
 
     stages: int = option(10, "pruning rounds after the dense one")
@@ -30,7 +31,6 @@ class IMPOptions:
     rewind: int = option(
         1, "completed epochs of stage 0 that stages rewind to (0: train on without rewinding)"
     )
-    min_lr: float = option(0.001, "learning rate at the end")
 
     # Whether the method is defined without rewinding, too.
     WITHOUT_REWINDING = True
@@ -43,8 +43,6 @@ class IMPOptions:
             raise ValueError(
                 f"{method}: prune_unstructured={self.prune_unstructured} is not in (0, 1)"
             )
-        if not self.min_lr >= 0:
-            raise ValueError(f"{method}: min_lr={self.min_lr} is not 0 or more")
         least = 0 if self.WITHOUT_REWINDING else 1
         if not least <= self.rewind <= epochs:
             raise ValueError(
@@ -75,7 +73,7 @@ class IMP(Method):
         return [Dense(), *(Unstructured(1.0 - share) for share in shares)]
 
     def plan(self, ctx: Context) -> list[Stage]:
-        o, epochs, lr = ctx.options, ctx.config.epochs, ctx.config.lr
+        o, epochs = ctx.options, ctx.config.epochs
         o.check(ctx.config.method, epochs)
         self._names = [str(pattern) for pattern in self.networks(o)]
         if len(set(self._names)) < len(self._names):
@@ -83,11 +81,7 @@ class IMP(Method):
                 f"{ctx.config.method}: stages={o.stages} gives two subnets the same name (four "
                 "decimals); use fewer stages or smaller shares"
             )
-        steps = epochs * ctx.steps_per_epoch
-
-        def rate(step: int) -> float:
-            return cosine(lr, o.min_lr, step / steps)
-
+        rate = o.learning_rate(ctx.config.lr, epochs * ctx.steps_per_epoch)
         dense, *pruned = self._names
         start = REWIND if o.rewind else None
         return [Stage(dense, epochs, rate), *(Stage(n, epochs, rate, start) for n in pruned)]

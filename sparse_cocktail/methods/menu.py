@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..patterns import Block, Channel, Pattern, Unstructured, parse
-from ..schedules import geometric_density
+from ..schedules import cosine, decay_at, geometric_density
 from ..selection import eligible
 from .base import Context, option
 
-__all__ = ["MenuOptions", "ladder", "report_ineligible"]
+__all__ = ["MenuOptions", "ScheduleOptions", "ladder", "report_ineligible"]
 
 # Share of what is left that a rung removes: Sparse Cocktail's ratios.
 RATES = {"unstructured": 0.2, "channel": 0.1, "block": 0.2}
 NM_RUNGS = ("1:2", "2:4", "4:8")
+LR_SCHEDULES = ("cosine", "steps")
 
 
 def ladder(kind: str, stages: int) -> list[Pattern]:
@@ -43,7 +44,35 @@ def ladder(kind: str, stages: int) -> list[Pattern]:
 
 
 @dataclass
-class MenuOptions:
+class ScheduleOptions:
+    """Recipe fields of a learning rate that falls over a stage."""
+
+    lr_schedule: str = option(
+        "cosine", "cosine from lr to min_lr, or steps: a tenth at every milestone"
+    )
+    milestones: str = option("0.5,0.75", "of steps, as shares of the stage")
+    min_lr: float = option(0.001, "learning rate at the end of a cosine")
+
+    def learning_rate(self, lr: float, steps: int) -> Callable[[int], float]:
+        """The learning rate of each of a stage's steps; ValueError for bad fields."""
+        if not self.min_lr >= 0:
+            raise ValueError(f"config: min_lr={self.min_lr} is not 0 or more")
+        if self.lr_schedule not in LR_SCHEDULES:
+            known = ", ".join(LR_SCHEDULES)
+            raise ValueError(f"config: lr_schedule={self.lr_schedule!r} is not one of {known}")
+        if self.lr_schedule == "cosine":
+            return lambda step: cosine(lr, self.min_lr, step / steps)
+        try:
+            shares = [float(share) for share in self.milestones.split(",") if share.strip()]
+        except ValueError as error:
+            raise ValueError(
+                f"config: milestones={self.milestones!r} are no shares such as 0.5,0.75"
+            ) from error
+        return lambda step: decay_at(lr, step / steps, shares, 0.1)
+
+
+@dataclass
+class MenuOptions(ScheduleOptions):
     """Recipe fields of a method that trains given patterns."""
 
     patterns: str = option(
@@ -53,7 +82,6 @@ class MenuOptions:
         "unstructured", "ratios of one pattern: unstructured, channel, n:m or block-RxC"
     )
     stages: int = option(10, "rungs of the ladder")
-    min_lr: float = option(0.001, "learning rate at the end")
 
     # What a method can train; None: anything.
     FAMILIES = None
@@ -62,8 +90,6 @@ class MenuOptions:
         """The patterns to train, in order; ValueError for what the method cannot train."""
         if self.stages < 1:
             raise ValueError(f"menu: stages={self.stages} is below 1; 10 is Sparse Cocktail's")
-        if not self.min_lr >= 0:
-            raise ValueError(f"menu: min_lr={self.min_lr} is not 0 or more")
         given = [name.strip() for name in self.patterns.split(",") if name.strip()]
         made = [parse(name) for name in given] or ladder(self.ladder, self.stages)
         names = [str(pattern) for pattern in made]

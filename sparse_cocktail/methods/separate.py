@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..patterns import Pattern
-from ..schedules import cosine
 from .base import Context, Method, Stage
 from .menu import MenuOptions
 
@@ -27,10 +26,10 @@ class Separate(Method):
     # ---- to override -----------------------------------------------------------------------------
 
     def network_stages(self, ctx: Context, pattern: Pattern) -> list[Stage]:
-        """The stages of one network: one, with a cosine from lr to min_lr."""
-        epochs, lr, low = ctx.config.epochs, ctx.config.lr, ctx.options.min_lr
-        steps = epochs * ctx.steps_per_epoch
-        return [Stage("train", epochs, lambda step: cosine(lr, low, step / steps))]
+        """The stages of one network: one, whose learning rate falls."""
+        epochs = ctx.config.epochs
+        lr = ctx.options.learning_rate(ctx.config.lr, epochs * ctx.steps_per_epoch)
+        return [Stage("train", epochs, lr)]
 
     @classmethod
     def network_cost(cls, options: MenuOptions, epochs: int) -> float:
