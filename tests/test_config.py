@@ -1,16 +1,24 @@
 """Recipes and fields: defaults, conversion, and errors that say what to write instead."""
 
 import pytest
+import torch
 from test_engine import run
 
-from sparse_cocktail.config import read_recipe, recipe_names, split_fields
+from sparse_cocktail import models
+from sparse_cocktail.config import for_method, read_recipe, recipe_names, split_fields
+from sparse_cocktail.methods import METHODS
 
 
 def test_every_recipe_is_valid():
     assert "digits" in recipe_names()
     for name in recipe_names():
-        config, options = split_fields(read_recipe(name))
-        assert config.epochs >= 1 and options is not None
+        recipe = read_recipe(name)
+        for method in {recipe["method"], *recipe.get("methods", {})}:
+            config, options = split_fields(for_method(recipe, method))
+            assert config.method == method
+            assert METHODS[method].cost(options, config.epochs) >= config.epochs
+            with torch.device("meta"):
+                models.build(config.model, config.model_args)
 
 
 @pytest.mark.parametrize(

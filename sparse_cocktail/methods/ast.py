@@ -79,12 +79,12 @@ class AST(Method):
         if not self._start <= self._end <= self._stop <= total:
             raise ValueError(
                 f"ast: ramp_start={o.ramp_start}, ramp_end={o.ramp_end} and "
-                f"update_until={o.update_until} are not in order within epochs={epochs}; each must come "
-                "at or after the one before"
+                f"update_until={o.update_until} are not in order within epochs={epochs}; each "
+                "must come at or after the one before"
             )
         self._period = max(1, round(every / len(self._menu)))  # in steps of one subnet
         report_ineligible(ctx, self._menu)
-        return [Stage("train", epochs, lambda step: cosine(ctx.config.lr, o.min_lr, step / total))]
+        return [Stage("train", epochs, o.learning_rate(ctx.config.lr, total))]
 
     @classmethod
     def cost(cls, options: ASTOptions, epochs: int) -> float:

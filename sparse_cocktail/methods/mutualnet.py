@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..patterns import Channel
-from ..schedules import cosine, keep_count
+from ..schedules import keep_count
 from ..selection import check_ranks_agree
 from .base import Context, Method, Pass, Stage, option
 from .menu import MenuOptions
@@ -67,9 +67,9 @@ class MutualNet(Method):
         self._sizes: list[tuple[int, ...] | None] = [None]
         if ctx.options.resolutions.strip():
             self._sizes = sizes(ctx.options.resolutions, ctx.data.example(1).shape[2:])
-        epochs, lr, low = ctx.config.epochs, ctx.config.lr, ctx.options.min_lr
-        steps = epochs * ctx.steps_per_epoch
-        return [Stage("train", epochs, lambda step: cosine(lr, low, step / steps))]
+        epochs = ctx.config.epochs
+        lr = ctx.options.learning_rate(ctx.config.lr, epochs * ctx.steps_per_epoch)
+        return [Stage("train", epochs, lr)]
 
     @classmethod
     def cost(cls, options: MutualNetOptions, epochs: int) -> float:

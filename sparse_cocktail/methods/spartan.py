@@ -13,6 +13,7 @@ from ..allocation import ALLOCATIONS
 from ..costs import flops
 from ..modules import output_positions
 from ..patterns import Block, Channel, Pattern, Unstructured
+from ..reference import ones
 from ..schedules import length_in_steps
 from ..selection import check_ranks_agree, eligible
 from ..soft_masks import SoftMasks, block_of
@@ -81,6 +82,10 @@ class Spartan(Separate):
     gradients, through the mask too. The budget falls and the mask sharpens along lines. Then the
     soft values of what is left stay as they are, and in the end they are multiplied into the
     weights.
+
+    A channel of which nothing is left at the moment is silent, its BatchNorm too, as in every
+    masked network here. Otherwise BatchNorm multiplies the gradient of its zeros by 1 / sqrt(eps) =
+    316, and the weights explode (digits, block-4x4-0.9: 60 % instead of 97 %; `silence=False`).
 
     Units of unequal size (channels) share a global budget of weights: the sharpness then goes with
     the root of their mean size. Layers that a block does not divide stay dense; Spartan's own code
@@ -151,11 +156,16 @@ class Spartan(Separate):
 
     # ---- steps -----------------------------------------------------------------------------------
 
+    def before_stage(self, ctx: Context) -> None:
+        super().before_stage(ctx)
+        weights, _ = self._weights(ctx)
+        ctx.cocktail.add(self.present(ctx)[0], [ones(w) for w in weights], stage=ctx.stage)
+
     def step(self, ctx: Context) -> list[Pass]:
-        pattern, _, _ = self.present(ctx)
+        name = str(self.present(ctx)[0])
         if self.state.kept:
-            return [Pass(str(pattern), weights=partial(self._frozen_weights, ctx))]
-        return [Pass("dense", weights=partial(self._soft_weights, ctx))]
+            return [Pass(name, weights=partial(self._frozen_weights, ctx))]
+        return [Pass(name, weights=partial(self._soft_weights, ctx), dense_grad=True)]
 
     def progress(self, step: int) -> tuple[float, float]:
         """How far the budget has fallen and the sharpness has risen at a step of a network."""
@@ -164,8 +174,9 @@ class Spartan(Separate):
     def _soft_weights(self, ctx: Context) -> list[Tensor]:
         weights, masks = self._weights(ctx)
         with ctx.timed("mask"):
-            progress = self.progress(ctx.step)
-            made, self.state.roots = masks.weights(weights, *progress, self.state.roots)
+            fall, rise = self.progress(ctx.step)
+            made, bits, self.state.roots = masks.weights(weights, fall, rise, self.state.roots)
+            ctx.cocktail.set_masks(str(self.present(ctx)[0]), bits)  # silences what is all pruned
         return made
 
     def _frozen_weights(self, ctx: Context) -> list[Tensor]:
@@ -183,11 +194,12 @@ class Spartan(Separate):
                 self._freeze(ctx)
 
     def _freeze(self, ctx: Context) -> None:
-        """Put the subnet on the menu, with the masks of the present weights for good."""
+        """Take the masks of the present weights for good."""
         weights, masks = self._weights(ctx)
         self.state.kept, bits = masks.freeze(weights, self.state.roots)
-        subnet = ctx.cocktail.add(self.present(ctx)[0], bits, stage=ctx.stage)
-        check_ranks_agree(ctx.cocktail.bank.digest(subnet.row))
+        name = str(self.present(ctx)[0])
+        ctx.cocktail.set_masks(name, bits)
+        check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnets[name].row))
 
     @torch.no_grad()
     def after_epoch(self, ctx: Context) -> None:
