@@ -12,6 +12,10 @@
     masked_conv.py    the same as convolution, and without tensor cores for groups of few channels
     nm.py        compress and decompress, for every n < m <= 32
     nm_linear.py product of a compressed weight, its values spread in registers
+    soft_topk.py soft top-k masks: the launches of a search, and the writing of masks
+    soft_grad.py      their gradient
+    soft_root.py      one step of the search
+    soft_tiles.py     its table of tensors, and masks of a block
     launch.py   the order in which the kernels of one selection run
 
 Nothing here is imported before a Triton op is called.

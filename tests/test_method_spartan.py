@@ -13,6 +13,7 @@ from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS
 from sparse_cocktail.methods.spartan import Spartan, SpartanOptions
 from sparse_cocktail.patterns import parse
+from sparse_cocktail.pruning import followers
 from sparse_cocktail.soft_masks import SoftMasks, block_of, spread, unit_values
 
 FIELDS = {"method": "spartan", "threads": 1, "recalibrate_samples": 64, "epochs": 5, **MODEL}
@@ -115,11 +116,12 @@ def test_units_and_their_weights(pattern, shape):
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_forward_weights_are_those_of_the_definition(pattern, progress, costs):
     some = weights()
-    made, _ = masks_of(pattern, costs=costs).weights(some, *progress)
+    made, bits, _ = masks_of(pattern, costs=costs).weights(some, *progress)
     soft, hard, *_ = by_definition(pattern, some, *progress, costs=costs)
-    assert made[1] is some[1]
+    assert made[1] is some[1] and int(ops.mask_count(bits[1])) == some[1].numel()
     for i in SHAPES:
         assert torch.equal(made[i] != 0, hard[i])
+        assert torch.equal(ops.unpack_mask(bits[i], SHAPES[i]), hard[i])
         torch.testing.assert_close(made[i], some[i] * soft[i] * hard[i], atol=1e-8, rtol=1e-6)
 
 
@@ -129,7 +131,7 @@ def test_gradient_is_the_formula(pattern, costs):
     """m g + J' (w g), with J' h = beta q (h / c - sum h q / sum c q) per unit, and sign(w)."""
     some = [w.requires_grad_() for w in weights()]
     masks = masks_of(pattern, costs=costs)
-    made, _ = masks.weights(some, 0.7, 0.5)
+    made, *_ = masks.weights(some, 0.7, 0.5)
     grads = {i: torch.randn_like(some[i]) for i in SHAPES}
     outputs, inputs = ([tensors[i] for i in SHAPES] for tensors in (made, some))
     found = torch.autograd.grad(outputs, inputs, list(grads.values()))
@@ -160,7 +162,7 @@ def test_gradient_is_the_slope_of_the_soft_weights(pattern, normalise):
         made = masks.products(some, soft)
         return sum((g * w).sum() for g, w in zip(grads, made, strict=True))
 
-    made, _ = masks.weights(some, 0.8, 0.7)
+    made, *_ = masks.weights(some, 0.8, 0.7)
     found = torch.autograd.grad(made, some, grads)
     step = 1e-5
     with torch.no_grad():
@@ -183,7 +185,7 @@ def test_rms_makes_masks_blind_to_a_layer_s_scale():
     for i in SHAPES:
         torch.testing.assert_close(plain[i], other[i])
     zero = [torch.zeros_like(w).requires_grad_() for w in some]
-    made, _ = masks.weights(zero, 1.0, 0.5)
+    made, *_ = masks.weights(zero, 1.0, 0.5)
     (grad,) = torch.autograd.grad(made[0].sum(), zero[0])
     assert grad.isfinite().all()
 
@@ -225,6 +227,22 @@ def test_equal_values_are_kept_by_index_and_the_budget_holds():
     assert ops.unpack_mask(bits[1], (64, 512)).flatten()[:8192].all()
 
 
+@pytest.mark.parametrize("share", [1e-5, 0.1, 0.5, 0.97, 1.0])
+def test_bisection_finds_what_sorting_all_would(share):
+    shapes, costs = {0: (100, 300), 1: (64, 500), 2: (10, 10)}, {0: 7, 1: 3, 2: 50}
+    values = {i: torch.randn(s).abs().round(decimals=3) for i, s in shapes.items()}  # ties
+    masks = SoftMasks(shapes, (1, 1), share, costs=costs)
+    bits = masks.hard(values, 1.0)
+    found = torch.cat([ops.unpack_mask(bits[i], shapes[i]).flatten() for i in shapes])
+    ratios = torch.cat([v.flatten() / costs[i] for i, v in values.items()])
+    prices = torch.cat([torch.full((v.numel(),), costs[i]) for i, v in values.items()])
+    order = ratios.argsort(descending=True, stable=True)
+    before = prices[order].cumsum(0) - prices[order]
+    wanted = torch.zeros_like(found)
+    wanted[order] = before < math.ceil(masks.budgets[0].final - 1e-6)
+    assert torch.equal(found, wanted)
+
+
 def test_schedule():
     masks = masks_of("block-4x2-0.6", sharpness=20.0)
     (budget,) = masks.budgets
@@ -254,7 +272,7 @@ class Recorded(Spartan):
         self.seen, self.frozen = [], []
 
     def after_step(self, ctx):
-        masks = self._weights(ctx)[1]
+        _, masks, _ = self._present(ctx)
         frozen = bool(self.state.kept)
         if frozen:
             self.frozen.append({i: m.clone() for i, m in self.state.kept.items()})
@@ -266,7 +284,7 @@ class Recorded(Spartan):
         super().after_step(ctx)
 
     def _soft_weights(self, ctx):
-        some, masks = self._weights(ctx)
+        _, masks, some = self._present(ctx)
         made = super()._soft_weights(ctx)
         roots = self.state.roots
         fall, rise = self.progress(ctx.step)
@@ -307,6 +325,33 @@ def test_budgets_hold_in_training_and_soft_values_freeze(tmp_path, recorded, pat
     assert (kept[kept != 0] < 1).any()  # soft ones, not rounded
 
 
+class Silent(Spartan):
+    """Counts channels that are all zero, and what of the network still listens to them."""
+
+    found = 0
+
+    def before_step(self, ctx):
+        super().before_step(ctx)
+        _, _, weights = self._present(ctx)
+        for norm, index in followers(ctx.model, ctx.cocktail.layers):
+            dead = ~norm.live
+            kept = ops.unpack_mask(
+                ctx.cocktail.masks("channel-0.7000")[index], weights[index].shape
+            )
+            assert torch.equal(kept.flatten(1).any(1), norm.live)
+            assert not norm.weight.grad[dead].any()
+            Silent.found += int(dead.sum()) if not self.state.kept else 0
+
+
+def test_channels_without_weights_are_silent_in_the_soft_phase_too(tmp_path, monkeypatch):
+    """Else BatchNorm, which divides by their sqrt(eps), lets gradients explode."""
+    monkeypatch.setitem(METHODS, "spartan", Silent)
+    trainer = planned(tmp_path, patterns="channel-0.7")
+    trainer.run()
+    assert Silent.found > 50
+    assert all(float(w.detach().norm()) < 30 for w in trainer.ctx.cocktail.bank.weights)
+
+
 def trainer_units(trainer) -> int:
     return sum(layer.weight.shape[0] for layer in trainer.ctx.cocktail.layers.values())
 
@@ -330,7 +375,7 @@ def test_the_saved_network_is_plain(tmp_path, pattern):
         answers = plain(data.inputs).argmax(1)
     assert 100 * float((answers == data.targets).float().mean()) == pytest.approx(row["accuracy"])
     assert results["method_state"] == {"roots": [], "kept": {}}
-    assert results["passes"]["train"] == 15 == 3 * Spartan.cost(SpartanOptions(pattern), 5)
+    assert results["passes"]["train"] == 15 == 3 * Spartan.cost(SpartanOptions(patterns=pattern), 5)
 
 
 TWO = {"patterns": "unstructured-0.8,block-4x4-0.5", "allocation": "uniform", "checkpoint_every": 7}

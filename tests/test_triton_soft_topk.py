@@ -29,7 +29,7 @@ SIZE = 1_000_003 if ON_GPU else 9001  # more than a sample
 
 
 @pytest.fixture(scope="module", autouse=True)
-def soft(device_of):
+def soft(device_of, compilers):  # the compilers run beside the tests
     device_of("triton")  # quickens the interpreter
     from sparse_cocktail.ops import triton_soft_topk
 
@@ -112,14 +112,17 @@ def test_dtypes(dtype, cost):
     assert_root(mask, values, costs, 175.5, 20, **exact)
 
 
-@pytest.mark.parametrize("beta", [1e6, 1e12])
-def test_hard_masks_keep_the_budget(beta):
-    """Newton's method is lost among some 9001 hard steps: the trial points take over."""
+@pytest.mark.parametrize("beta, cost", [(1e6, "none"), (1e12, "each")])
+def test_hard_masks_keep_the_budget(beta, cost):
+    """Newton's method is lost among thousands of hard steps: the trial points take over."""
     values = random(SIZE)
-    mask = ops.soft_topk(values, None, 0.3 * SIZE, beta)
-    assert abs(spent(mask, None) - 0.3 * SIZE) <= BUDGET * 0.3 * SIZE
+    costs = costs_of(cost, SIZE)
+    budget = 0.3 * spent(torch.ones_like(values), costs)
+    mask = ops.soft_topk(values, costs, budget, beta)
+    assert abs(spent(mask, costs) - budget) <= BUDGET * budget
     assert ((mask > TOLERANCE) & (mask < 1 - TOLERANCE)).sum() < 300
-    assert values[mask > 0.5].min() >= values[mask < 0.5].max()
+    ratios = values if costs is None else values.double() / costs.double()
+    assert ratios[mask > 0.5].min() >= ratios[mask < 0.5].max()
 
 
 @each_cost
@@ -324,22 +327,23 @@ def kernels(request, compilers):
 
 
 def test_no_kernel_spills(kernels):
-    assert len(kernels) > 15
+    assert len(kernels) > 7
     assert not {name: k["stack"] for name, k in kernels.items() if k["stack"]}
+
+
+READS = {"sweep": 1, "trials": 1, "masks": 1, "shares": 2, "grads": 2}  # lists of tensors
 
 
 def test_values_move_16_bytes_at_a_time(kernels):
     for name, k in kernels.items():
         kind = name.partition("-")[0]
-        lists = {"sweep": 1, "trials": 1, "masks": 1, "sum_costs": 1, "shares": 2, "grads": 2}
-        if kind in lists and "float64" not in name:
-            assert k["wide_loads"] >= lists[kind] + ("each" in name), name
-        if kind in ("masks", "grads") and not name.endswith("bfloat16"):
+        if kind in READS and "float64" not in name:
+            assert k["wide_loads"] >= READS[kind] + name.endswith("each"), name
+        if kind in ("masks", "grads") and "float32" in name:
             assert k["wide_stores"], name
 
 
-def test_programs_fit_in_fours(kernels):
-    """4 programs of 256 threads on a multiprocessor of 65,536 registers need 64 each; 3 are enough
-    to keep the memory busy."""
-    sweeps = {n: k["registers"] for n, k in kernels.items() if n.startswith(("sweep-", "masks"))}
-    assert not {n: r for n, r in sweeps.items() if r > 80 and "64" not in n}
+def test_three_programs_share_a_multiprocessor(kernels):
+    """65,536 registers for 256 threads each: 768 loads of 32 bytes keep the memory busy."""
+    used = {n: k["registers"] for n, k in kernels.items() if n.startswith(("sweep", "masks"))}
+    assert used and not {n: r for n, r in used.items() if r > 80 and "float64" not in n}

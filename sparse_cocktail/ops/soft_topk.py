@@ -1,8 +1,4 @@
-"""The soft top-k mask of Spartan: differentiable, one sharpness, one budget of costs.
-
-There is no Triton kernel: CUDA tensors take the reference, which is 100 steps of plain PyTorch
-without a wait for the device.
-"""
+"""The soft top-k mask of Spartan: differentiable, one sharpness, one budget of costs."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference_soft_topk as reference
-from .dispatch import DTYPES, check_same_length, define, gradient
+from .dispatch import DTYPES, check_same_length, define, gradient, lazy_triton
 
 __all__ = ["soft_topk", "soft_topk_multi"]
 
@@ -101,11 +97,12 @@ def _fake(values, costs, budget, beta, start) -> list[Tensor]:
     return [*_new_masks(values), torch.empty(2, dtype=torch.float64, device=device)]
 
 
-def _like(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The tensor with a mask's dtype and its place in memory, where every mask is without gaps."""
-    if tensor.dtype == mask.dtype and tensor.stride() == mask.stride():
+def _like(tensor: Tensor, mask: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The tensor with a mask's dtype, or another, and its place in memory, which has no gaps."""
+    dtype = dtype or mask.dtype
+    if tensor.dtype == dtype and tensor.stride() == mask.stride():
         return tensor
-    return torch.empty_like(mask).copy_(tensor)
+    return torch.empty_like(mask, dtype=dtype).copy_(tensor)
 
 
 def _costs_like(costs: list[Tensor] | None, masks: list[Tensor]) -> list[Tensor]:
@@ -132,6 +129,7 @@ _multi = define(
     "soft_topk_multi(Tensor[] values, Tensor[]? costs, float budget, float beta, "
     "Tensor? start) -> Tensor[]",
     reference=reference.soft_topk_multi,
+    triton=lazy_triton("triton_soft_topk", "soft_topk_multi"),
     cpp=_soft_topk_cpp,
     fake=_fake,
     check=_check,
@@ -158,6 +156,7 @@ _grad = define(
     "soft_topk_grad(Tensor[] grads, Tensor[] masks, Tensor[]? costs, float beta, "
     "ScalarType dtype) -> Tensor[]",
     reference=reference.soft_topk_grad,
+    triton=lazy_triton("triton_soft_topk", "soft_topk_grad"),
     cpp=_grad_cpp,
     fake=lambda grads, masks, costs, beta, dtype: [torch.empty_like(m, dtype=dtype) for m in masks],
     check=_check_grad,
@@ -202,6 +201,10 @@ def soft_topk_multi(
 
     The gradient is the derivative through that root, and can be differentiated again; costs, budget
     and beta get none. (Tai et al., 2022, "Spartan", whose iteration converges to this root.)
+
+    torch.compile makes constants of an op's floats: each new budget or beta compiles the calling
+    function again, up to its limit of recompilations. Leave calls whose beta moves every step
+    outside, or move it in a few stages.
 
     Args:
         values: tensors of one dtype and device, of any shape; magnitudes or sums of blocks.
