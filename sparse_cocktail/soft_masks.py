@@ -234,20 +234,20 @@ class SoftMasks:
 
     def weights(
         self, weights: Sequence[Tensor], fall: float, rise: float, roots: Sequence[Tensor] = ()
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The weights to compute with: w * soft mask, zero where the hard mask prunes; and roots.
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The weights to compute with: w * soft mask, zero where the hard mask prunes.
 
         The gradient passes the zeros straight through, and is that of w * soft mask otherwise, the
-        mask's own part included.
+        mask's own part included. Returns the weights, the hard mask's bits, and the roots.
         """
         values = self.values(weights)
         masks, roots = self.soft(values, fall, rise, roots)
-        bits = {i: self._bits(b, i) for i, b in self.hard(values, fall).items()}
-        made = self.products(weights, masks)
-        zeroed = ops.masked_weights([made[i] for i in bits], list(bits.values()), dense_grad=True)
-        for i, weight in zip(bits, zeroed, strict=True):
+        bits = self.bits(self.hard(values, fall), weights)
+        made, some = self.products(weights, masks), list(self.shapes)
+        zeroed = ops.masked_weights([made[i] for i in some], [bits[i] for i in some], None, True)
+        for i, weight in zip(some, zeroed, strict=True):
             made[i] = weight
-        return made, roots
+        return made, bits, roots
 
     @torch.no_grad()
     def freeze(
@@ -258,8 +258,7 @@ class SoftMasks:
         masks, _ = self.soft(values, 1.0, 1.0, roots)
         hard = self.hard(values, 1.0)
         kept = {i: ops.masked_weight(masks[i], bits) for i, bits in hard.items()}
-        made = [self._bits(hard[i], i) if i in hard else ones(w) for i, w in enumerate(weights)]
-        return kept, made
+        return kept, self.bits(hard, weights)
 
     def products(self, weights: Sequence[Tensor], masks: Units) -> list[Tensor]:
         """Weights times the entries of their units."""
@@ -268,11 +267,13 @@ class SoftMasks:
             made[i] = weights[i] * spread(mask, self.shapes[i], self.block)
         return made
 
-    def _bits(self, units: Tensor, index: int) -> Tensor:
-        """Bits of a weight from those of its units."""
+    def bits(self, hard: Units, weights: Sequence[Tensor]) -> list[Tensor]:
+        """Bits of all weights from those of the units; what is not pruned keeps everything."""
         if self.block == (1, 1):
-            return units
-        shape = self.shapes[index]
-        rows, _, cols, _, taps, _ = _tiles(shape, self.block)
-        kept = ops.unpack_mask(units, (rows, cols, taps))
-        return ops.pack_mask(spread(kept, shape, self.block))
+            return [hard[i] if i in hard else ones(w) for i, w in enumerate(weights)]
+        made = [ones(w) if i not in hard else None for i, w in enumerate(weights)]
+        for i, shape in self.shapes.items():
+            rows, _, cols, _, taps, _ = _tiles(shape, self.block)
+            kept = ops.unpack_mask(hard[i], (rows, cols, taps))
+            made[i] = ops.pack_mask(spread(kept, shape, self.block))
+        return made

@@ -158,54 +158,52 @@ class Spartan(Separate):
 
     def before_stage(self, ctx: Context) -> None:
         super().before_stage(ctx)
-        weights, _ = self._weights(ctx)
+        _, _, weights = self._present(ctx)
         ctx.cocktail.add(self.present(ctx)[0], [ones(w) for w in weights], stage=ctx.stage)
 
     def step(self, ctx: Context) -> list[Pass]:
-        name = str(self.present(ctx)[0])
+        name, *_ = self._present(ctx)
         if self.state.kept:
             return [Pass(name, weights=partial(self._frozen_weights, ctx))]
         return [Pass(name, weights=partial(self._soft_weights, ctx), dense_grad=True)]
+
+    def _present(self, ctx: Context) -> tuple[str, SoftMasks, list[Tensor]]:
+        """Name and masks of the network in training, and the weights of all masked layers."""
+        name = str(self.present(ctx)[0])
+        return name, self._masks[name], [m.weight for m in ctx.cocktail.layers.values()]
 
     def progress(self, step: int) -> tuple[float, float]:
         """How far the budget has fallen and the sharpness has risen at a step of a network."""
         return step / self._ramp if self._ramp else 1.0, step / self._soft
 
     def _soft_weights(self, ctx: Context) -> list[Tensor]:
-        weights, masks = self._weights(ctx)
+        name, masks, weights = self._present(ctx)
         with ctx.timed("mask"):
             fall, rise = self.progress(ctx.step)
             made, bits, self.state.roots = masks.weights(weights, fall, rise, self.state.roots)
-            ctx.cocktail.set_masks(str(self.present(ctx)[0]), bits)  # silences what is all pruned
+            ctx.cocktail.set_masks(name, bits)  # silences what is all pruned
         return made
 
     def _frozen_weights(self, ctx: Context) -> list[Tensor]:
-        weights, masks = self._weights(ctx)
+        _, masks, weights = self._present(ctx)
         self.state.kept = {i: m.to(ctx.device) for i, m in self.state.kept.items()}
         return masks.products(weights, self.state.kept)
 
-    def _weights(self, ctx: Context) -> tuple[list[Tensor], SoftMasks]:
-        pattern, _, _ = self.present(ctx)
-        return [m.weight for m in ctx.cocktail.layers.values()], self._masks[str(pattern)]
-
     def after_step(self, ctx: Context) -> None:
-        if ctx.step + 1 == self._soft:
-            with ctx.timed("mask"):
-                self._freeze(ctx)
-
-    def _freeze(self, ctx: Context) -> None:
-        """Take the masks of the present weights for good."""
-        weights, masks = self._weights(ctx)
-        self.state.kept, bits = masks.freeze(weights, self.state.roots)
-        name = str(self.present(ctx)[0])
-        ctx.cocktail.set_masks(name, bits)
-        check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnets[name].row))
+        """At the end of the soft phase, take the masks of the present weights for good."""
+        if ctx.step + 1 != self._soft:
+            return
+        with ctx.timed("mask"):
+            name, masks, weights = self._present(ctx)
+            self.state.kept, bits = masks.freeze(weights, self.state.roots)
+            ctx.cocktail.set_masks(name, bits)
+            check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnets[name].row))
 
     @torch.no_grad()
     def after_epoch(self, ctx: Context) -> None:
         """At a network's end, make its weights those that it computes with."""
         if ctx.epoch + 1 == ctx.stages[ctx.stage].epochs:
-            weights, _ = self._weights(ctx)
+            _, _, weights = self._present(ctx)
             for weight, made in zip(weights, self._frozen_weights(ctx), strict=True):
                 weight.copy_(made)
             self.state.roots, self.state.kept = [], {}
