@@ -266,9 +266,7 @@ class Trainer:
     def _report_stage(self, stage) -> None:
         ctx = self.ctx
         with ctx.timed("evaluate"):
-            names = ["dense"] if self.method.TRAINS_DENSE else []
-            names += [n for n, s in ctx.cocktail.subnets.items() if s.stage == ctx.stage]
-            scores = ctx.measure(names, "holdout")
+            scores = ctx.measure(self.method.report(ctx), "holdout")
         self.log("stage", name=stage.name, holdout=scores)
         shown = ", ".join(f"{name} {score:.1f}" for name, score in scores.items())
         self.console.print(f"[bold]{stage.name}[/bold]: hold-out {shown}")

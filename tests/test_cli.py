@@ -172,3 +172,30 @@ def test_runs_that_are_not_finished_and_folds(tmp_path, monkeypatch, capsys):
     code, output, _ = call(monkeypatch, capsys, "eval", tmp_path)
     wanted = json.loads((tmp_path / "results.json").read_text())["subnets"][0]["accuracy"]
     assert code == 0 and f"{wanted:.2f}" in output
+
+
+def test_networks_of_separate_weights(monkeypatch, capsys, tmp_path):
+    """A method that trains one network per pattern: each has a file, which commands find."""
+    menu = ["--method", "acdc", "--patterns", "unstructured-0.5,2:4", "--epochs", "2"]
+    run = tmp_path / "run"
+    code, output, error = call(monkeypatch, capsys, "train", *menu, "--out", run)
+    assert code == 0, error
+    assert "4 networks" in output and str(run / "networks") in output
+    rows = json.loads((run / "results.json").read_text())["subnets"]
+    assert [row["name"] for row in rows] == ["dense", "dense", "unstructured-0.5000", "2:4"]
+    assert len({row["weights"] for row in rows}) == 4
+    code, output, _ = call(monkeypatch, capsys, "eval", run)
+    assert code == 0
+    for row in rows:
+        assert f"{row['accuracy']:.2f}" in output and row["name"] in output
+    code, output, _ = call(monkeypatch, capsys, "info", run)
+    assert output.count("dense") == 2 and "2:4" in output
+    out = tmp_path / "net.safetensors"
+    code, output, _ = call(monkeypatch, capsys, "export", run, "2:4", "--out", out)
+    assert code == 0 and load_file(out)
+    for arguments, message in (
+        (("export", run, "1:4", "--out", out), "has no network 1:4; there are"),
+        (("export", run, "--max-bytes", "9999", "--out", out), "holds 4 networks of separate"),
+    ):
+        code, _, error = call(monkeypatch, capsys, *arguments)
+        assert code == 2 and message in " ".join(error.split())

@@ -8,7 +8,7 @@ from statistics import mean, stdev
 import pytest
 
 from sparse_cocktail.ablation import VARIANTS, markdown
-from sparse_cocktail.config import read_recipe
+from sparse_cocktail.config import for_method, read_recipe
 from sparse_cocktail.patterns import family
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +21,7 @@ def load(path: Path) -> dict:
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_runs_were_made_with_the_recipe(folder):
-    fields = read_recipe(folder.name)
+    fields = for_method(read_recipe(folder.name))
     del fields["paper"]
     files = sorted(folder.glob("seed-*.json"))
     assert len(files) >= 3

@@ -107,7 +107,6 @@ class ACDC(Separate):
     """
 
     Options = ACDCOptions
-    TRAINS_DENSE = True
 
     def plan(self, ctx: Context) -> list[Stage]:
         starts = ctx.options.phases(ctx.config.epochs, ctx.steps_per_epoch)
@@ -163,6 +162,9 @@ class ACDC(Separate):
     def after_stage(self, ctx: Context) -> None:
         pattern, part, _ = self.present(ctx)
         ctx.save_weights(dense_file(pattern) if part else f"pool/{pattern}.safetensors")
+
+    def report(self, ctx: Context) -> list[str]:
+        return ["dense"] if self.present(ctx)[1] else super().report(ctx)
 
     def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
         dense = {dense_file(pattern): ["dense"] for pattern in ctx.options.menu()}

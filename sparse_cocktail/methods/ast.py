@@ -58,7 +58,6 @@ class AST(Method):
     """
 
     Options = ASTOptions
-    TRAINS_DENSE = False
 
     @dataclass
     class State:
@@ -195,8 +194,11 @@ class AST(Method):
             self._update(ctx, index)  # the ramp ends with the run
         self.state = self.State()
 
+    def report(self, ctx: Context) -> list[str]:
+        return [str(pattern) for pattern in self._menu]
+
     def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
-        return {"": [str(pattern) for pattern in self._menu]}
+        return {"": self.report(ctx)}
 
 
 def _finite(gradient: Tensor) -> Tensor:

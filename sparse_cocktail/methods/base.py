@@ -232,9 +232,6 @@ class Context:
 class Method:
     """Base of all methods. `Options` are its recipe fields, `State` is what a resume needs."""
 
-    # Whether the dense network is one of those that the method trains.
-    TRAINS_DENSE: ClassVar[bool] = True
-
     # Fields by the name of a procedure, such as "paper": what `sparse-cocktail train --paper` sets.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
 
@@ -274,6 +271,11 @@ class Method:
 
     def after_epoch(self, ctx: Context) -> None:
         """After an epoch; `ctx.epoch` is the epoch that ended."""
+
+    def report(self, ctx: Context) -> list[str]:
+        """What is measured on the hold-out part after a stage: dense, and the stage's subnets."""
+        of_stage = [n for n, s in ctx.cocktail.subnets.items() if s.stage == ctx.stage]
+        return ["dense", *(n for n in of_stage if n != "dense")]
 
     # ---- what a run leaves -----------------------------------------------------------------------
 

@@ -117,5 +117,8 @@ class IMP(Method):
             zero_pruned(ctx, self._names[ctx.stage])  # a ticket's file holds nothing else
         ctx.save_weights(weights_file(self._names[ctx.stage]))
 
+    def report(self, ctx: Context) -> list[str]:
+        return [self._names[ctx.stage]]
+
     def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
         return {weights_file(name): [name] for name in self._names}

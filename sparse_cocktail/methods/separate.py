@@ -21,7 +21,6 @@ class Separate(Method):
     """
 
     Options = MenuOptions
-    TRAINS_DENSE = False
 
     # ---- to override -----------------------------------------------------------------------------
 
@@ -65,6 +64,9 @@ class Separate(Method):
         pattern, _, last = self.present(ctx)
         if last:
             ctx.save_weights(f"pool/{pattern}.safetensors")
+
+    def report(self, ctx: Context) -> list[str]:
+        return [str(self.present(ctx)[0])]
 
     def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
         return {f"pool/{pattern}.safetensors": [str(pattern)] for pattern in ctx.options.menu()}
