@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MaskedBatchNorm2d", "share_hooks", "stamp"]
+__all__ = ["MaskedBatchNorm2d", "saving_hooks", "share_hooks", "stamp"]
 
 
 def stamp(tensor: Tensor) -> tuple[int, int] | None:
@@ -21,7 +21,7 @@ def share_hooks(made: nn.Module, layer: nn.Module) -> None:
             setattr(made, name, table)
 
 
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
+saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: ())
 
 
 class MaskedBatchNorm2d(nn.BatchNorm2d):
@@ -66,7 +66,7 @@ class MaskedBatchNorm2d(nn.BatchNorm2d):
     def _nothing_silent(self, x: Tensor) -> bool:
         """Not in graphs, which outlive a mask, nor under gradient checkpointing, where a switch of
         masks before the backward must not change how many tensors are saved."""
-        if torch.compiler.is_compiling() or _saving_hooks(True) is not None:
+        if torch.compiler.is_compiling() or saving_hooks(True) is not None:
             return False
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False

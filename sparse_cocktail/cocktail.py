@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -28,34 +27,14 @@ from .cocktail_file import (
 from .costs import Costs
 from .modules import masked_layers
 from .ops.dispatch import check_padding
-from .own_norms import OwnNorms, copy_all
+from .own_norms import OwnNorms, copies, copy_all
 from .patterns import NM, Dense, Pattern, Unstructured, parse
 from .pruning import followers, output_layers, to_compressed, to_dense
 from .recalibrate import norm_layers
 from .selection import magnitude_masks
+from .subnet import Subnet
 
 __all__ = ["Cocktail", "Subnet"]
-
-
-@dataclass
-class Subnet:
-    """One network of the menu.
-
-    `row` is its row in the mask bank (None = dense), `statistics` its BatchNorm statistics and
-    `affine` its scales and shifts (None = it uses whatever the model holds), `stage` the pruning
-    round that made it, `accuracy` in percent, `live` the channels per layer that are not wholly
-    pruned, `rows` the same as indices.
-    """
-
-    name: str
-    pattern: Pattern
-    row: int | None = None
-    stage: int | None = None
-    accuracy: float | None = None
-    statistics: list[Tensor] | None = field(default=None, repr=False)
-    affine: list[Tensor] | None = field(default=None, repr=False)
-    live: list[Tensor] | None = field(default=None, repr=False)
-    rows: list[Tensor] | None = field(default=None, repr=False)
 
 
 class Cocktail(OwnNorms, Costs):
@@ -130,8 +109,7 @@ class Cocktail(OwnNorms, Costs):
         if masks is None:
             masks = magnitude_masks(self.bank.weights, pattern, self.outputs)
         if not isinstance(masks, int):
-            for bits, weight in zip(masks, self.bank.weights, strict=False):
-                check_padding("Cocktail.add", bits, weight.shape[1])
+            self._check_padding("add", masks)
         row = masks if isinstance(masks, int) else self.bank.add(masks)
         subnet = Subnet(name, pattern, row, stage)
         self._look_at(subnet)
@@ -139,14 +117,16 @@ class Cocktail(OwnNorms, Costs):
         return subnet
 
     def set_masks(self, name: str, masks: Sequence[Tensor]) -> None:
-        """Give a subnet other masks (bits per masked layer), in place.
+        """Give a subnet other masks (bits per masked layer), in place; its accuracy is forgotten.
 
-        Raises ValueError for "dense", which has none, and for bits of other shapes.
+        Raises ValueError for "dense", which has none, and for bits of other shapes or beyond a
+        layer's last input.
         """
         subnet = self.subnet(name)
         if subnet.row is None:
             raise ValueError("Cocktail.set_masks: dense has no masks; add a subnet of a pattern")
         self.bank.weights[:] = [layer.weight for layer in self.layers.values()]
+        self._check_padding("set_masks", masks)
         self.bank.set_(subnet.row, masks)
         self._look_at(subnet)
         if self.active == subnet.name:
@@ -168,10 +148,22 @@ class Cocktail(OwnNorms, Costs):
             self.activate("dense")
         del self.subnets[subnet.name]
 
+    def _check_padding(self, call: str, masks: Sequence[Tensor]) -> None:
+        """Refuse bits beyond a layer's last input; waits for the device once."""
+        pairs = [(b, w.shape[1]) for b, w in zip(masks, self.bank.weights, strict=False)]
+        tails: dict[int, list[Tensor]] = {}
+        for bits, inputs in pairs:
+            if inputs % 32:
+                tails.setdefault(inputs % 32, []).append(bits[..., -1].flatten())
+        beyond = [(torch.cat(words) >> used).any() for used, words in tails.items()]
+        if beyond and torch.stack(beyond).any():
+            for bits, inputs in pairs:
+                check_padding(f"Cocktail.{call}", bits, inputs)
+
     def _look_at(self, subnet: Subnet) -> None:
-        """Note which channels a subnet's masks leave."""
-        subnet.live = [bits.flatten(1).ne(0).any(1) for bits in self.bank.views(subnet.row)]
-        subnet.rows = [live.nonzero().flatten() for live in subnet.live]
+        """Note which channels new masks leave, and forget what was measured with others."""
+        subnet.look_at(self.bank.views(subnet.row))
+        self._latencies = {k: v for k, v in self._latencies.items() if k[0] != subnet.name}
         if dead := [n for n, rows in zip(self.layers, subnet.rows, strict=True) if not len(rows)]:
             warnings.warn(
                 f"subnet {subnet.name}: no weight is left in {dead}, so its output is constant "
@@ -304,16 +296,19 @@ class Cocktail(OwnNorms, Costs):
         return {"subnets": subnets, "rows": rows, **shared}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned, into a cocktail without subnets."""
+        """Take over copies of what `state` returned, into a cocktail without subnets."""
+        norms, affine = self.statistics(), self.affine()
         for flat in state["rows"]:
             self.bank.add(self._split(flat))
         for entry in state["subnets"]:
             if entry["row"] is not None:
                 self.add(entry["name"], entry["row"], entry["stage"])
             subnet = self.subnets[entry["name"]]
-            subnet.accuracy, subnet.statistics = entry["accuracy"], entry["statistics"]
-            subnet.affine = entry["affine"]
-        self._shared, self._shared_affine = state["shared"], state["shared_affine"]
+            subnet.accuracy = entry["accuracy"]
+            subnet.statistics = copies(entry["statistics"], norms)
+            subnet.affine = copies(entry["affine"], affine)
+        self._shared = copies(state["shared"], norms)
+        self._shared_affine = copies(state["shared_affine"], affine)
 
     # ---- save and load ---------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@
     levels             uint8, two 4-bit prune levels a byte: how many nested masks keep a weight
     bits.SUBNET        int32, packed mask bits of all masked layers, one after the other
     statistics.SUBNET  running mean and variance of every BatchNorm, one after the other
+    affine.SUBNET      scale and shift of every BatchNorm, of a subnet that has its own
 
 Weights are in the order of the masked layers, each in its view (out, taps, in).
 """

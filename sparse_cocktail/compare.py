@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -10,15 +11,22 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+
+from . import data as data_sets
+from . import models
+from .cocktail import Cocktail
 from .compare_tables import markdown
 from .config import Config, for_method, read_recipe, split_fields
-from .methods import METHODS
+from .methods import METHODS, Context
 from .methods.cocktail_options import PAPER
 from .patterns import family
 from .plots import choices_of
-from .runs import Tell, heading, over_runs, read_runs, told, train_all, write_summary
+from .preparation import prepare_model
+from .runs import Tell, heading, is_finished, over_runs, read_runs, told, train_all, write_summary
+from .tasks import Classification
 
-__all__ = ["ENTRIES", "Entry", "collect", "compare", "plan"]
+__all__ = ["ENTRIES", "Entry", "check_plans", "collect", "compare", "plan"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,12 @@ class Entry:
     paper: bool = False
 
 
-_KINDS = {"unstructured": "unstructured", "channel": "channel", "nm": "n:m"}
+_KINDS = {
+    "unstructured": "unstructured",
+    "channel": "channel",
+    "nm": "n:m",
+    "both": "unstructured+n:m",
+}
 
 
 def _ladders(method: str, says: str, *kinds: str, **given: Any) -> list[Entry]:
@@ -60,7 +73,7 @@ ENTRIES = (
     Entry("cocktail", "cocktail", "Sparse Cocktail as the recipe has it"),
     Entry("cocktail-paper", "cocktail", "Sparse Cocktail as published", dict(PAPER), paper=True),
     *_ladders("mutualnet", "nested widths, trained together", "channel"),
-    *_ladders("ast", "alternating sparse training", "unstructured", "nm"),
+    *_ladders("ast", "alternating sparse training", "unstructured", "nm", "both"),
     *_ladders("acdc", "dense and sparse phases in turn", "unstructured", "channel", "nm"),
     *_ladders("spartan", "soft top-k masks", "unstructured"),
     *_ladders("sup-tickets", "averaged cheap tickets", "unstructured", base="rigl"),
@@ -109,11 +122,12 @@ def compare(
         tell: called after every run.
 
     Raises:
-        ValueError: as `plan` and `train_all`.
+        ValueError: as `plan`, `check_plans` and `train_all`.
         RunFailed: as `train_all`.
     """
     seeds, out, changes = list(seeds), Path(out), changes or {}
     budget, planned = plan(recipe, methods, changes, budget)
+    check_plans({n: m for n, m in planned.items() if not is_finished(out / n, seeds)})
     runs = {
         f"{name}, seed {seed}": (made, out / name, seed)
         for seed in seeds  # all entries of a seed come together
@@ -202,6 +216,8 @@ def _entry_fields(recipe: dict[str, Any], entry: Entry, changes: dict[str, Any])
     """The complete fields of an entry: recipe, published lengths, changes, its own."""
     made = for_method(recipe, entry.method)
     paper = made.pop("paper", {})
+    if "ladder" in entry.fields:
+        made.pop("patterns", None)  # they would come before the ladder
     return {**made, **(paper if entry.paper else {}), **changes, **entry.fields}
 
 
@@ -224,6 +240,45 @@ def _longest(entry: Entry, made: dict[str, Any], budget: float) -> int:
             "leave it out of --methods"
         )
     return fitting[-1]
+
+
+def check_plans(planned: dict[str, dict[str, Any]]) -> None:
+    """Let every entry's method plan its stages, so that none is refused when its turn comes.
+
+    Data are loaded and networks built for it, on the CPU.
+
+    Args:
+        planned: recipe fields by entry.
+
+    Raises:
+        ValueError: for fields that make no run of the entry's epochs, model and data.
+    """
+    load = functools.cache(data_sets.load)
+    for name, made in planned.items():
+        config, options = split_fields(made)
+        data, cpu = load(config.data, config.data_dir), torch.device("cpu")
+        with torch.random.fork_rng(devices=[]):
+            plain = models.create(config.model, config.model_args)
+            model = prepare_model(plain, config, data.example(2), cpu)
+        ctx = Context(
+            config=config,
+            options=options,
+            cocktail=Cocktail(model),
+            data=data,
+            task=Classification(),
+            folder=Path(),
+            device=cpu,
+            network=model,
+            log=lambda event, **values: None,
+            steps_per_epoch=data.steps_per_epoch(config.batch_size, 1),
+        )
+        try:
+            METHODS[config.method]().plan(ctx)
+        except ValueError as error:
+            raise ValueError(
+                f"compare: {name} cannot train with its epochs={config.epochs}: {error}; raise "
+                "--budget, or change the field, with --set or in the recipe"
+            ) from error
 
 
 # ---- what came out -------------------------------------------------------------------------------

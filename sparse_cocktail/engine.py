@@ -27,7 +27,7 @@ from .methods import METHODS, Context, Method
 from .preparation import new_optimizer, prepare_model
 from .report import run_results
 from .run_folder import RunFolder
-from .stepping import Stepper
+from .stepping import Stepper, stride_like_parameters
 from .stopping import Interrupted, StopRequest
 from .tasks import Classification, Task
 
@@ -366,6 +366,7 @@ class Trainer:
         restore_dataclass(self.method.state, tree["method"])
         ctx.optimizer = new_optimizer(ctx.model, self.config)
         ctx.optimizer.load_state_dict(tree["optimizer"])
+        stride_like_parameters(ctx.optimizer)
         if tree["scaler"]:
             self.stepper.scaler.load_state_dict(tree["scaler"])
         torch.set_rng_state(own["random"])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .batch_norm import share_hooks, stamp
+from .batch_norm import saving_hooks, share_hooks, stamp
 from .ops.dispatch import check_bits, check_padding
 from .packing import forget, packed_weight
 from .patterns import Pattern, parse
@@ -56,6 +56,7 @@ class _Masked(nn.Module):
         self.masked = False
         self.dense_grad = False
         self.premasked: Tensor | None = None  # W*m, inside `premasked`
+        self.premasked_hooks = None  # for saved tensors, in force there
         self.given: Tensor | None = None  # the weight to compute with, inside `given_weights`
         weight = self.weight
         bits = torch.zeros(bits_shape(weight.shape), dtype=torch.int32, device=weight.device)
@@ -163,6 +164,9 @@ class _Masked(nn.Module):
             return self.given.to(ops.autocast_dtype(x))
         made = self.premasked
         if made is None or made.dtype != ops.autocast_dtype(x) or self._live_rows(x) is not None:
+            return None
+        # Gradient checkpointing: the layer is computed anew when W*m is gone, and in the same way.
+        if not torch.compiler.is_compiling() and saving_hooks(True) != self.premasked_hooks:
             return None
         return made
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .recalibrate import recalibrate
 
-__all__ = ["OwnNorms", "copy_all"]
+__all__ = ["OwnNorms", "copies", "copy_all"]
 
 
 class OwnNorms:
@@ -103,3 +103,10 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
     """Overwrite tensors by others, in one call."""
     if targets:
         torch._foreach_copy_(targets, sources)
+
+
+def copies(tensors: list[Tensor] | None, like: list[Tensor]) -> list[Tensor] | None:
+    """Copies of tensors, on the devices of others; None stays None."""
+    if tensors is None:
+        return None
+    return [t.to(other.device, copy=True) for t, other in zip(tensors, like, strict=True)]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import ops
+from .batch_norm import saving_hooks
 from .modules import masked_layers
 
 __all__ = ["given_weights", "premasked"]
@@ -21,6 +22,9 @@ def given_weights(layers: Iterable[nn.Module], weights: Iterable[Tensor]) -> Ite
 
     Gradients flow to whatever the weights were made from. A layer with a mask in force still keeps
     the biases of its pruned outputs silent.
+
+    Wrap the forward pass, and the backward with it where gradient checkpointing is in use: that
+    computes the forward pass anew, and must find the same weights.
 
     Args:
         layers: masked layers.
@@ -54,7 +58,7 @@ def premasked(
     Wrap the forward pass; its backward may come later. While the block lasts, one copy of the
     masked weights is held in `dtype`: this trades memory for launches and calls, which pays for
     networks of small layers. A layer whose input has another dtype masks its own weight as always,
-    and so does one that computes only a few live rows.
+    and so does one that computes only a few live rows, or is under gradient checkpointing.
 
     Args:
         model: a model with masked layers, as `convert` makes it, or some of these layers.
@@ -76,10 +80,13 @@ def premasked(
         copies.make(some, dtype, dense_grad, keep)
     try:
         with nullcontext() if keep else saved_tensors_hooks(copies.pack, copies.unpack):
+            hooks = saving_hooks(True)
+            for layer in layers:
+                vars(layer)["premasked_hooks"] = hooks
             yield
     finally:
         for layer in layers:
-            vars(layer)["premasked"] = None
+            vars(layer).update(premasked=None, premasked_hooks=None)
         copies.known.clear()
 
 

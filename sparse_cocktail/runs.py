@@ -26,6 +26,7 @@ __all__ = [
     "RunFailed",
     "Tell",
     "heading",
+    "is_finished",
     "markdown_table",
     "over_runs",
     "over_seeds",
@@ -76,7 +77,7 @@ def train_all(
         text = yaml.safe_dump(fields, sort_keys=False).encode()
         write_atomic(folder / "recipe.yaml", lambda stream, text=text: stream.write(text))
     finished: list[str] = []
-    active: set[subprocess.Popen] = set()
+    active = _Processes()
 
     def one(name: str) -> None:
         _, folder, seed = runs[name]
@@ -91,9 +92,39 @@ def train_all(
                 each.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(active):
-                process.terminate()
+            active.stop()
             raise
+
+
+class _Processes:
+    """What runs at the moment, in threads that each wait for one process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # no process starts while others are ended
+        self._running: set[subprocess.Popen] = set()
+        self._stopped = False
+
+    def run(self, command: list[str]) -> tuple[int, str] | None:
+        """Exit status and error output of a command; None where `stop` came before it."""
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        with self._lock:
+            if self._stopped:
+                return None
+            # a session of its own: Ctrl-C reaches this process alone, which ends the others once
+            process = subprocess.Popen(command, start_new_session=True, **pipes)
+            self._running.add(process)
+        try:
+            _, words = process.communicate()
+        finally:
+            self._running.discard(process)
+        return process.returncode, words
+
+    def stop(self) -> None:
+        """End all with SIGTERM, and start no more."""
+        with self._lock:
+            self._stopped = True
+            for process in list(self._running):
+                process.terminate()
 
 
 @contextmanager
@@ -126,23 +157,21 @@ def _check_folder(fields: dict[str, Any], folder: Path, seed: int) -> None:
             )
 
 
-def _train(folder: Path, seed: int, active: set[subprocess.Popen]) -> None:
+def is_finished(folder: Path, seeds: Iterable[int]) -> bool:
+    """Whether the runs of all seeds in a folder of `train_all` are complete."""
+    return all((folder / f"seed-{seed}" / "results.json").is_file() for seed in seeds)
+
+
+def _train(folder: Path, seed: int, active: _Processes) -> None:
     """One run in a process of its own, resumed where one was stopped."""
     run = folder / f"seed-{seed}"
-    if (run / "results.json").is_file():
+    if is_finished(folder, [seed]):
         return
     command = [sys.executable, "-m", "sparse_cocktail.cli", "train", "--no-plots"]
     command += ["--recipe", str(folder / "recipe.yaml"), "--seed", str(seed), "--out", str(run)]
     command += ["--resume"] if (run / "config.json").is_file() else []
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    # a session of its own: Ctrl-C reaches this process alone, which then ends the others once
-    process = subprocess.Popen(command, start_new_session=True, **pipes)
-    active.add(process)
-    try:
-        _, words = process.communicate()
-    finally:
-        active.discard(process)
-    if process.returncode:
+    status, words = active.run(command) or (1, "stopped before it began")
+    if status:
         raise RunFailed(f"train: the run in {run} failed: {words[-2000:].strip()}")
 
 

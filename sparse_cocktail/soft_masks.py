@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import mul
 
 import torch
@@ -86,6 +86,19 @@ class Budget:
     final: float
     unit: float
     scale: float
+    _prices: list[Tensor] = field(default_factory=list, init=False, repr=False)
+
+    @property
+    def even(self) -> bool:
+        """Whether all units cost the same."""
+        return len(set(self.costs)) == 1
+
+    def prices(self, device: torch.device) -> list[Tensor]:
+        """The costs on the scale of |w|, float64 (1,) each, made once: many small tensors."""
+        if not self._prices or self._prices[0].device != device:
+            costs = torch.tensor(self.costs, dtype=torch.float64) / self.scale
+            self._prices = list(costs.to(device).split(1))
+        return self._prices
 
     def at(self, progress: float) -> float:
         """The budget while it falls from all to the final one."""
@@ -93,7 +106,7 @@ class Budget:
 
     def units(self, progress: float) -> int | None:
         """How many units the budget pays for, the last one perhaps in part; None: it depends."""
-        if len(set(self.costs)) > 1:
+        if not self.even:
             return None
         return -(-self._whole(progress) // self.costs[0])
 
@@ -103,7 +116,8 @@ class Budget:
     def affordable(self, values: Sequence[Tensor], progress: float) -> list[Tensor]:
         """Bits of the units of largest value / cost, until their costs first reach the budget.
 
-        Of equal ones the first stay.
+        Of equal ones the first stay. Where units of several tensors differ in their costs, each
+        step of a bisection waits for the device.
         """
         count = self.units(progress)
         if count is not None:
@@ -215,9 +229,11 @@ class SoftMasks:
         masks, found = {}, []
         for index, budget in enumerate(self.budgets):
             some = [values[i] for i in budget.members]
-            costs = [some[0].new_full((1,), c / budget.scale) for c in budget.costs]
-            start = roots[index].to(some[0].device) if roots else None
-            amount, beta = budget.at(fall) / budget.scale, self.beta(budget, rise)
+            device, scale, beta = some[0].device, budget.scale, self.beta(budget, rise)
+            costs = None if budget.even else budget.prices(device)
+            if budget.even:  # costs of 1 instead, which ops need not read, and another sharpness
+                scale, beta = budget.costs[0], beta * scale / budget.costs[0]
+            start, amount = roots[index].to(device) if roots else None, budget.at(fall) / scale
             made, root = ops.soft_topk_multi(some, costs, amount, beta, start, return_root=True)
             masks.update(zip(budget.members, made, strict=True))
             found.append(root.detach())
@@ -233,16 +249,22 @@ class SoftMasks:
         return bits
 
     def weights(
-        self, weights: Sequence[Tensor], fall: float, rise: float, roots: Sequence[Tensor] = ()
+        self,
+        weights: Sequence[Tensor],
+        fall: float,
+        rise: float,
+        roots: Sequence[Tensor] = (),
+        bits: list[Tensor] | None = None,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The weights to compute with: w * soft mask, zero where the hard mask prunes.
 
         The gradient passes the zeros straight through, and is that of w * soft mask otherwise, the
-        mask's own part included. Returns the weights, the hard mask's bits, and the roots.
+        mask's own part included. Returns the weights, the hard mask's bits, and the roots; `bits`
+        and `roots` of an earlier call on the same weights save most of the work.
         """
         values = self.values(weights)
         masks, roots = self.soft(values, fall, rise, roots)
-        bits = self.bits(self.hard(values, fall), weights)
+        bits = self.bits(self.hard(values, fall), weights) if bits is None else bits
         made, some = self.products(weights, masks), list(self.shapes)
         zeroed = ops.masked_weights([made[i] for i in some], [bits[i] for i in some], None, True)
         for i, weight in zip(some, zeroed, strict=True):

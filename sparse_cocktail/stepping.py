@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from .premask import given_weights, premasked
 from .recalibrate import frozen_statistics
 from .schedules import length_in_steps
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "stride_like_parameters"]
 
 # Bytes of masked weights up to which a pass makes them all in one call and keeps them for its
 # backward: calls cost more than memory there.
@@ -96,12 +96,15 @@ class Stepper:
         total = sum(len(x) for x, _ in parts)
         for index, ((x, target), teacher) in enumerate(zip(parts, teachers, strict=True)):
             wait = self.distributed and not (last and index == len(parts) - 1)
-            with ctx.network.no_sync() if wait else nullcontext():
+            share = len(x) / total
+            with ctx.network.no_sync() if wait else nullcontext(), ExitStack() as held:
                 with self._autocast():
-                    with self._layer_weights(each):
+                    if each.weights is not None:
+                        # until the backward ends, in which gradient checkpointing computes anew
+                        held.enter_context(self._given(each))
+                    with self._premasked(each):
                         output = ctx.network(_transformed(each, x))
                     loss = self._loss(each, output, target, teacher)
-                share = len(x) / total
                 self.scaler.scale(loss * (each.weight * share)).backward()
             results.append(output.detach())
             losses.append(loss.detach() * share)
@@ -127,17 +130,19 @@ class Stepper:
         with nullcontext() if update else frozen_statistics(ctx.model), self._autocast():
             return ctx.model(x)
 
-    def _layer_weights(self, each: Pass):
-        """What the masked layers compute with, where they do not make it themselves."""
-        layers = self.ctx.cocktail.layers.values()
-        if each.weights is not None:
-            if self.ctx.config.compile:
-                raise ValueError(
-                    f"config: compile=True, but method {self.ctx.config.method} makes weights "
-                    "outside of the network at every pass; set compile=False"
-                )
-            return given_weights(layers, each.weights())
-        return premasked(layers, keep=True) if self.small else nullcontext()
+    def _given(self, each: Pass):
+        """The masked layers compute with what the method makes."""
+        if self.ctx.config.compile:
+            raise ValueError(
+                f"config: compile=True, but method {self.ctx.config.method} makes weights "
+                "outside of the network at every pass; set compile=False"
+            )
+        return given_weights(self.ctx.cocktail.layers.values(), each.weights())
+
+    def _premasked(self, each: Pass):
+        """Small masked layers do not make what they compute with, where nothing else is given."""
+        small = self.small and each.weights is None
+        return premasked(self.ctx.cocktail.layers.values(), keep=True) if small else nullcontext()
 
     def _autocast(self):
         dtype = _AUTOCAST.get(self.ctx.config.precision)
@@ -164,6 +169,15 @@ class Stepper:
                 for key, value in optimizer.state.get(parameter, {}).items():
                     if _is_like(value, parameter):
                         value.copy_(torch.where(mask, value, buffers.get(key, 0.0)))
+
+
+@torch.no_grad()
+def stride_like_parameters(optimizer: torch.optim.Optimizer) -> None:
+    """Lay what an optimizer remembers out like its parameters: files do not keep strides."""
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if _is_like(value, parameter) and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _transformed(each: Pass, x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """`ablate`: variants over seeds, what is skipped, what is resumed, the table and its pictures."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -114,6 +115,31 @@ def test_a_second_call_trains_nothing_again(done, recipe, monkeypatch):
 def test_a_failing_run_says_why(recipe, tmp_path):
     with pytest.raises(RuntimeError, match="seed-1 failed: .*not finite|seed-1 failed: .*the loss"):
         ablate(recipe, tmp_path, (1,), ["paper"], {"lr": 1e30})
+
+
+def test_a_run_that_starts_while_another_fails_is_ended(recipe, tmp_path, monkeypatch):
+    started, start = [], subprocess.Popen
+
+    def failing_then_slow(_, **how):
+        code = "import sys, time; " + ("time.sleep(30)" if started else "sys.exit(3)")
+        if started:
+            started[0].wait()
+            time.sleep(0.5)  # the failure is being dealt with
+        started.append(start([sys.executable, "-c", code], **how))
+        return started[-1]
+
+    monkeypatch.setattr(runs.subprocess, "Popen", failing_then_slow)
+    fields = variant_fields(recipe, VARIANTS[0], {})
+    both = {name: (fields, tmp_path / name, 1) for name in ("a", "b")}
+    with pytest.raises(runs.RunFailed, match="seed-1 failed"):
+        runs.train_all(both, jobs=2)
+    assert [process.returncode for process in started] == [3, -signal.SIGTERM]
+
+
+def test_no_run_starts_when_the_others_have_been_ended():
+    processes = runs._Processes()
+    processes.stop()
+    assert processes.run([sys.executable, "-c", "raise SystemExit(3)"]) is None
 
 
 @pytest.mark.parametrize(

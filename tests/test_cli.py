@@ -193,9 +193,28 @@ def test_networks_of_separate_weights(monkeypatch, capsys, tmp_path):
     out = tmp_path / "net.safetensors"
     code, output, _ = call(monkeypatch, capsys, "export", run, "2:4", "--out", out)
     assert code == 0 and load_file(out)
+    dense = [str(run / row["weights"]) for row in rows[:2]]
     for arguments, message in (
-        (("export", run, "1:4", "--out", out), "has no network 1:4; there are"),
+        (("export", run, "dense", "--out", out), "has 2 networks dense; give the file of one: "),
+        (("eval", run, "--subnet", "dense"), ", ".join(dense)),
+        (("export", run, "1:4", "--out", out), "has no network 1:4; there are dense, unstr"),
         (("export", run, "--max-bytes", "9999", "--out", out), "holds 4 networks of separate"),
     ):
         code, _, error = call(monkeypatch, capsys, *arguments)
         assert code == 2 and message in " ".join(error.split())
+
+
+def test_averages_are_found_by_the_names_of_their_tickets(monkeypatch, capsys, tmp_path):
+    """Files of a run's networks may have other names than the networks."""
+    fields = ["--method", "lottery-pools", "--epochs", "1", "--stages", "1", "--batch-size", "512"]
+    arguments = [*fields, "--search-samples", "0", "--neighbours", "1", "--no-plots"]
+    run, out = tmp_path / "run", tmp_path / "net.safetensors"
+    assert call(monkeypatch, capsys, "train", *arguments, "--out", run)[0] == 0
+    for row in json.loads((run / "results.json").read_text())["subnets"]:
+        assert row["weights"] == f"networks/average-{row['name']}.safetensors"
+        code, output, error = call(monkeypatch, capsys, "eval", run, "--subnet", row["name"])
+        assert code == 0, error
+        (line,) = [line for line in output.splitlines() if row["name"] in line]
+        assert f"{row['accuracy']:.2f}" in line
+        code, _, error = call(monkeypatch, capsys, "export", run, row["name"], "--out", out)
+        assert code == 0 and load_file(out), error

@@ -1,15 +1,17 @@
 """`compare`: equal compute for every method, what is trained again, the tables and pictures."""
 
 import json
+import subprocess
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from test_cli import call
 
-from sparse_cocktail import runs
-from sparse_cocktail.compare import ENTRIES, collect, compare, plan
+from sparse_cocktail import cli, runs
+from sparse_cocktail.compare import ENTRIES, check_plans, collect, compare, plan
 from sparse_cocktail.compare_plots import LOOKS, plot_comparison
 from sparse_cocktail.compare_tables import markdown, rungs
 from sparse_cocktail.config import split_fields
@@ -106,6 +108,34 @@ def test_fields_come_from_recipe_changes_and_entry(recipe):
     mutual = planned["mutualnet"]
     assert (mutual["lr"], mutual["ladder"], mutual["threads"]) == (0.05, "channel", 1)
     assert not {"consolidate", "paper", "methods"} & set(mutual)
+
+
+def test_an_entrys_ladder_comes_before_the_recipes_patterns(tmp_path):
+    path = tmp_path / "own.yaml"
+    methods = {"gmp": {"patterns": "unstructured-0.9", "ladder": "n:m", "lr": 0.05}}
+    path.write_text(yaml.safe_dump({**RECIPE, "methods": methods}))
+    for name, kind in (("gmp-channel", "channel"), ("gmp-unstructured", "unstructured")):
+        fields = plan(str(path), [name], budget=20)[1][name]
+        _, options = split_fields(fields)
+        assert {family(p.kind) for p in options.menu()} == {kind} and len(options.menu()) == 2
+        assert fields["lr"] == 0.05
+
+
+def test_every_entry_can_train_with_the_digits_recipe():
+    check_plans(plan("digits")[1])
+
+
+def test_what_cannot_train_is_refused_before_the_first_run(recipe, tmp_path):
+    """Each of these is refused by a method's own plan, for the epochs that the budget leaves."""
+    narrow = {"model_args": {"width": 3, "inputs": 1, "classes": 10}}
+    for name, field, message in (
+        ("imp", {"rewind": 3}, r"imp .* epochs=2: imp: rewind=3 is not in \[0, epochs=2\]"),
+        ("gmp-unstructured", {"ramp_start": 4, "ramp_end": 5}, r"gmp-unst.*: gmp: ramp_start=4"),
+        ("gmp-nm", narrow, r"gmp-nm .*: gmp: no masked layer of resnet8 can take 4:8"),
+    ):
+        with pytest.raises(ValueError, match=f"compare: {message}.*raise --budget, or"):
+            compare(recipe, tmp_path, (1,), [name], field, 6)
+        assert not list(tmp_path.iterdir())
 
 
 def test_names_are_entries_or_methods(recipe):
@@ -255,12 +285,36 @@ def test_tables_of_parameters_and_compute(made):
 NAMES = ["cocktail-paper", "mutualnet"]
 
 
+class Here:
+    """A process that is none: the command runs in this one, which has Torch imported already.
+
+    Processes of their own are what test_ablation.py has.
+    """
+
+    started: list = []
+
+    def __init__(self, command, **_):
+        self.started.append(command)
+        self.command, self.returncode = command, None
+
+    def communicate(self):
+        arguments = self.command[self.command.index("sparse_cocktail.cli") + 1 :]
+        cli.app(arguments, standalone_mode=False)
+        self.returncode = 0
+        return None, ""
+
+
+HERE = SimpleNamespace(**{**vars(subprocess), "Popen": Here})
+
+
 @pytest.fixture(scope="module")
 def done(recipe, tmp_path_factory):
-    """Folder and summary of two entries, trained at a time."""
+    """Folder and summary of two entries."""
     out, told = tmp_path_factory.mktemp("compare"), []
     changes = {"lr": 0.04}
-    summary = compare(recipe, out, (1,), NAMES, changes, 6, 2, lambda *what: told.append(what))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "subprocess", HERE)
+        summary = compare(recipe, out, (1,), NAMES, changes, 6, 1, lambda *what: told.append(what))
     assert [(d, total) for d, total, _ in told] == [(1, 2), (2, 2)]
     return out, summary
 
@@ -284,13 +338,8 @@ def test_runs_cost_what_was_planned(done):
 
 def test_only_what_is_not_finished_is_trained(done, recipe, monkeypatch):
     out, summary = done
-    started, start = [], runs.subprocess.Popen
-
-    def counted(command, **rest):
-        started.append(command)
-        return start(command, **rest)
-
-    monkeypatch.setattr(runs.subprocess, "Popen", counted)
+    monkeypatch.setattr(runs, "subprocess", HERE)
+    monkeypatch.setattr(Here, "started", started := [])
     again = compare(recipe, out, (1,), NAMES, {"lr": 0.04}, 6)
     assert started == [] and again == summary
     kept = (out / "cocktail-paper/seed-1/results.json").read_bytes()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("vit",),
     ("files", "kernels", "patterns", "schedules", "models", "distributed"),
-    ("allocation", "reference"),
+    ("allocation", "reference", "subnet"),
     ("reference_nm", "reference_soft_topk"),
     ("ops",),
     ("bank", "global_selection", "nm_formats", "regrowth", "soft_masks"),

@@ -1,5 +1,6 @@
 """SET, RigL, GraNet and gradual magnitude pruning: numbers, growth, schedules, what stays zero."""
 
+import functools
 import math
 from itertools import pairwise
 
@@ -12,7 +13,7 @@ from sparse_cocktail.allocation import layer_counts
 from sparse_cocktail.config import split_fields
 from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors
-from sparse_cocktail.methods import METHODS
+from sparse_cocktail.methods import METHODS, dynamic
 from sparse_cocktail.methods.dynamic_options import Timetable
 from sparse_cocktail.patterns import parse
 from sparse_cocktail.schedules import keep_count
@@ -32,7 +33,13 @@ DENSITY = 0.3
 NAME = "unstructured-0.7000"
 
 
-def recorded(method: str, monkeypatch, folder, **fields):
+def prepared(method: str, folder, **fields) -> Trainer:
+    trainer = Trainer(*split_fields({**FIELDS, "method": method, **fields}), folder, _quiet())
+    trainer.prepare("resnet8", toy())
+    return trainer
+
+
+def recorded(method: str, folder, **fields):
     """Run a method; what it was after every step, and before and after every change."""
     steps, changes = [], []
 
@@ -58,12 +65,21 @@ def recorded(method: str, monkeypatch, folder, **fields):
             super().change(ctx)
             changes.append((before, look(ctx, self.name(ctx))))
 
-    monkeypatch.setitem(METHODS, method, Recorded)
-    config = split_fields({**FIELDS, "method": method, **fields})
-    trainer = Trainer(*config, folder, _quiet())
-    trainer.prepare("resnet8", toy())
-    trainer.run()
-    return trainer, steps, changes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, method, Recorded)
+        prepared(method, folder, **fields).run()
+    return steps, changes
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """`runs(method, field=...)` is `recorded`; tests that want the same run share it."""
+
+    @functools.cache
+    def run(method: str, **fields):
+        return recorded(method, tmp_path_factory.mktemp(method), **fields)
+
+    return run
 
 
 def counts(masks) -> list[int]:
@@ -84,9 +100,8 @@ NUMEL = sum(math.prod(shape) for shape in shapes())
 
 @pytest.mark.parametrize("allocation", ["erk", "uniform"])
 @pytest.mark.parametrize("method", ["set", "rigl"])
-def test_every_layer_keeps_its_number_of_weights(method, allocation, monkeypatch, tmp_path):
-    fields = {"allocation": allocation}
-    _, steps, changes = recorded(method, monkeypatch, tmp_path, **fields)
+def test_every_layer_keeps_its_number_of_weights(method, allocation, runs):
+    steps, changes = runs(method, **{} if allocation == "erk" else {"allocation": allocation})
     wanted = layer_counts(shapes(), DENSITY, allocation)
     assert len(steps) == 12 and all(counts(s["masks"]) == wanted for s in steps)
     assert sum(wanted) == keep_count(DENSITY, NUMEL)
@@ -101,10 +116,10 @@ def _equal(a, b) -> bool:
 
 @pytest.mark.parametrize(
     ("method", "mask_update"),
-    [("rigl", "freeze"), *((m, "shared") for m in ("set", "rigl", "granet", "gmp"))],
+    [(m, how) for how in ("freeze", "shared") for m in ("set", "rigl", "granet", "gmp")],
 )
-def test_nothing_is_left_outside_the_mask(method, mask_update, monkeypatch, tmp_path):
-    _, steps, _ = recorded(method, monkeypatch, tmp_path, mask_update=mask_update)
+def test_nothing_is_left_outside_the_mask(method, mask_update, runs):
+    steps, _ = runs(method, **{} if mask_update == "freeze" else {"mask_update": mask_update})
     for seen in steps:
         for what in ("weights", "momentum"):
             for tensor, mask in zip(seen[what], seen["masks"], strict=True):
@@ -112,9 +127,21 @@ def test_nothing_is_left_outside_the_mask(method, mask_update, monkeypatch, tmp_
     assert all(w[m].ne(0).any() for w, m in zip(seen["weights"], seen["masks"], strict=True))
 
 
+def test_zeros_are_left_to_the_engine_between_changes(monkeypatch, tmp_path):
+    done, original = [], dynamic.zero_pruned
+
+    def counted(ctx, name):
+        done.append(ctx.step)
+        original(ctx, name)
+
+    monkeypatch.setattr(dynamic, "zero_pruned", counted)
+    recorded("rigl", tmp_path, update_every=1)
+    assert sorted(set(done)) == [0, 3, 6, 9]
+
+
 @pytest.mark.parametrize("method", ["set", "rigl", "granet"])
-def test_what_grows_starts_at_zero_without_momentum(method, monkeypatch, tmp_path):
-    _, _, changes = recorded(method, monkeypatch, tmp_path)
+def test_what_grows_starts_at_zero_without_momentum(method, runs):
+    _, changes = runs(method)
     grown = 0
     for before, after in changes:
         for what in ("weights", "momentum"):
@@ -140,7 +167,7 @@ def test_rigl_grows_where_the_dense_gradient_is_largest(monkeypatch, tmp_path):
         original(self, inputs, targets, lr)
 
     monkeypatch.setattr(Stepper, "step", keep)
-    _, steps, changes = recorded("rigl", monkeypatch, tmp_path, patterns="unstructured-0.7")
+    steps, changes = recorded("rigl", tmp_path)
     for before, after in changes:
         drop = 0.5 * 0.5 * (1 + math.cos(math.pi * before["step"] / 9))
         layers = zip(
@@ -170,25 +197,75 @@ def test_rigl_grows_where_the_dense_gradient_is_largest(monkeypatch, tmp_path):
             assert not any(g.any() for g in pruned)
 
 
-def test_set_grows_anywhere_and_repeats_by_seed(monkeypatch, tmp_path):
-    runs = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+def before_each_step(monkeypatch, change) -> None:
+    """`change(stepper)` comes before every optimizer step."""
+    original = Stepper.step
+
+    def step(self, *batch_and_lr):
+        change(self)
+        original(self, *batch_and_lr)
+
+    monkeypatch.setattr(Stepper, "step", step)
+
+
+def test_rigl_grows_by_gradients_that_the_optimizer_changes_in_place(monkeypatch, tmp_path):
+    """As SGD does with Nesterov momentum and without decay, where it takes all tensors at once."""
+    ends = []
+    for together in (False, True):
+
+        def choose(stepper, together=together):
+            stepper.ctx.optimizer.param_groups[0]["foreach"] = together
+
         with monkeypatch.context() as patch:
-            _, steps, _ = recorded("set", patch, tmp_path / name, seed=seed)
-        runs.append([s["masks"] for s in steps])
+            before_each_step(patch, choose)
+            fields = {"nesterov": True, "weight_decay": 0.0}
+            steps, _ = recorded("rigl", tmp_path / str(together), **fields)
+        ends.append(steps)
+    (one, other), middle = ends, 5
+    assert not _equal(one[middle]["gradients"], other[middle]["gradients"])
+    assert all(_equal(a["masks"], b["masks"]) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("method", ["rigl", "granet"])
+def test_an_infinite_gradient_chooses_no_weights(method, monkeypatch, tmp_path):
+    """As in the steps that the scaler of fp16 leaves out."""
+
+    def overflow(stepper):
+        scale = 2.0**40 if stepper.ctx.step == 4 else 2.0**8
+        stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    before_each_step(monkeypatch, overflow)
+    steps, changes = recorded(method, tmp_path, precision="fp16")
+    assert not any(g.isfinite().all() for g in steps[4]["gradients"])
+    moved = {before["step"]: (before, after) for before, after in changes}
+    before, after = moved[4]
+    if method == "rigl":
+        assert _equal(before["masks"], after["masks"])
+    else:  # the kept share falls all the same
+        keep = keep_count(DENSITY + (0.5 - DENSITY) * (1 - 4 / 6) ** 3, NUMEL)
+        bits = [ops.pack_mask(mask) for mask in before["masks"]]
+        made = ops.topk_masks(before["weights"], keep, within=bits)
+        shapes_and_bits = zip(made, after["masks"], strict=True)
+        assert all(torch.equal(ops.unpack_mask(b, m.shape), m) for b, m in shapes_and_bits)
+    assert not _equal(*(seen["masks"] for seen in moved[5]))
+
+
+def test_set_grows_anywhere_and_repeats_by_seed(runs, tmp_path):
+    made = []
+    for steps, _ in (runs("set"), recorded("set", tmp_path), runs("set", seed=2)):
+        made.append([s["masks"] for s in steps])
         for seen in steps:
             pruned = [g[~m] for g, m in zip(seen["gradients"], seen["masks"], strict=True)]
             if seen["step"] not in range(1, 10):
                 assert not any(g.any() for g in pruned)  # no dense gradient is made
-    assert all(_equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
-    assert not any(_equal(a, c) for a, c in zip(runs[0], runs[2], strict=True))
+    assert all(_equal(a, b) for a, b in zip(made[0], made[1], strict=True))
+    assert not any(_equal(a, c) for a, c in zip(made[0], made[2], strict=True))
 
 
-def test_drop_share_is_a_cosine_to_the_last_change(monkeypatch, tmp_path):
+def test_drop_share_is_a_cosine_to_the_last_change(tmp_path):
     fields = {"drop": 0.4, "drop_end": 0.1, "update_until": 2, "update_every": 1 / 12}
-    trainer, _, changes = recorded("rigl", monkeypatch, tmp_path, **fields)
-    assert [c["step"] for c, _ in changes] == [1, 2, 3, 4, 5, 6]
-    trainer.ctx.stage = 0
+    trainer = prepared("rigl", tmp_path, **fields)
+    assert [s for s in range(12) if trainer.method.timetable.due(s)] == [1, 2, 3, 4, 5, 6]
     for step in range(1, 7):
         trainer.ctx.step = step
         share = 0.1 + 0.3 * 0.5 * (1 + math.cos(math.pi * step / 6))
@@ -198,8 +275,8 @@ def test_drop_share_is_a_cosine_to_the_last_change(monkeypatch, tmp_path):
 # ---- schedules -----------------------------------------------------------------------------------
 
 
-def test_granet_density_falls_by_the_cubic_schedule(monkeypatch, tmp_path):
-    _, steps, _ = recorded("granet", monkeypatch, tmp_path)  # ramp_end 0.5: step 6
+def test_granet_density_falls_by_the_cubic_schedule(runs):
+    steps, _ = runs("granet")  # ramp_end 0.5: step 6
     for seen in steps:
         t = min(seen["step"], 9)
         density = DENSITY + (0.5 - DENSITY) * (1 - min(t / 6, 1)) ** 3
@@ -210,9 +287,8 @@ def test_granet_density_falls_by_the_cubic_schedule(monkeypatch, tmp_path):
     assert counts(steps[-1]["masks"]) != profile  # pruned over all layers together
 
 
-def test_granet_never_starts_below_its_target(monkeypatch, tmp_path):
-    fields = {"patterns": "unstructured-0.2", "start_density": 0.5}
-    _, steps, _ = recorded("granet", monkeypatch, tmp_path, **fields)
+def test_granet_never_starts_below_its_target(runs):
+    steps, _ = runs("granet", patterns="unstructured-0.2", start_density=0.5)
     assert {sum(counts(s["masks"])) for s in steps} == {keep_count(0.8, NUMEL)}
 
 
@@ -220,9 +296,8 @@ KINDS = ["unstructured-0.7", "channel-0.5", "1:4", "block-2x2-0.6"]
 
 
 @pytest.mark.parametrize("pattern", KINDS)
-def test_gradual_pruning_only_takes_away(pattern, monkeypatch, tmp_path):
-    fields = {"patterns": pattern, "ramp_start": 0.25, "ramp_end": 0.75}
-    trainer, steps, changes = recorded("gmp", monkeypatch, tmp_path, **fields)
+def test_gradual_pruning_only_takes_away(pattern, runs):
+    steps, changes = runs("gmp", patterns=pattern, ramp_start=0.25, ramp_end=0.75)
     for a, b in pairwise(steps):
         assert not any((new & ~old).any() for old, new in zip(a["masks"], b["masks"], strict=True))
     kept = [sum(counts(s["masks"])) for s in steps]
@@ -267,9 +342,8 @@ def test_the_ramp_ends_with_a_change(steps, every):
 
 @pytest.mark.parametrize("schedule", ["cosine", "steps"])
 @pytest.mark.parametrize("method", ["rigl", "gmp"])
-def test_learning_rate(method, schedule, monkeypatch, tmp_path):
-    trainer, *_ = recorded(method, monkeypatch, tmp_path, lr_schedule=schedule, lr=0.2)
-    lr = trainer.ctx.stages[0].lr
+def test_learning_rate(method, schedule, tmp_path):
+    lr = prepared(method, tmp_path, lr_schedule=schedule, lr=0.2).ctx.stages[0].lr
     if schedule == "steps":
         assert [lr(s) for s in (0, 5, 6, 8, 9, 11)] == pytest.approx(
             [0.2, 0.2, 0.02, 0.02, 0.002, 0.002]
@@ -305,9 +379,9 @@ def test_resume_is_bit_exact(method, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("rigl", {"patterns": "2:4"}, r"does not train 2:4; it takes Unstructured"),
-        ("set", {"patterns": "channel-0.5"}, r"does not train channel-0.5000"),
-        ("granet", {"patterns": "block-4x4-0.5"}, r"does not train block"),
+        ("rigl", {"patterns": "2:4"}, r"2:4 cannot be trained, but patterns of Unstructured"),
+        ("set", {"patterns": "channel-0.5"}, r"channel-0.5000 cannot be trained"),
+        ("granet", {"patterns": "block-4x4-0.5"}, r"block-4x4-0.5000 cannot be trained"),
         (
             "rigl",
             {"lr_schedule": "line"},

@@ -249,10 +249,10 @@ def test_a_run_costs_what_it_says(tmp_path, fields, passes):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"patterns": "2:4"}, r"does not train 2:4; it takes Channel"),
-        ({"ladder": "unstructured"}, r"does not train unstructured"),
-        ({"grid": -1}, r"mutualnet: grid=-1 is negative"),
-        ({"random_widths": -1}, r"mutualnet: random_widths=-1 is negative"),
+        ({"patterns": "2:4"}, r"2:4 cannot be trained, but patterns of Channel"),
+        ({"ladder": "unstructured"}, r"unstructured-0.2000 cannot be trained"),
+        ({"grid": -1}, r"mutualnet: grid=-1 is not 0 or more"),
+        ({"random_widths": -1}, r"mutualnet: random_widths=-1 is not 0 or more"),
         ({"resolutions": "9"}, r"mutualnet: resolutions='9' .*at most 8 pixels"),
     ],
 )

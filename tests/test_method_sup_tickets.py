@@ -16,6 +16,7 @@ from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS
 from sparse_cocktail.methods.sup_tickets_options import Cycles
 from sparse_cocktail.recalibrate import recalibrate
+from sparse_cocktail.stepping import Stepper
 
 # 3 steps an epoch: 2 epochs of pre-training, then 3 cycles of 2 epochs
 FIELDS = {
@@ -104,6 +105,8 @@ def counts(masks) -> list[int]:
         ((4, 0.1, 0.032), (3, 1, 1)),  # one cycle where the share has no room
         ((1, 0.1, 0.032), (1, 0, 1)),
         ((4, 0.1, 8), (4, 0, 8)),
+        ((10, 0.1, 8), (10, 0, 8)),  # a length in epochs is not forced
+        ((4, 0.0, 0.032), (4, 0, 1)),
     ],
 )
 def test_split(arguments, split):
@@ -151,6 +154,23 @@ def test_one_large_change_at_the_start_of_every_cycle(plain):
         for what in ("weights", "momentum"):
             pairs = zip(seen[what], seen["masks"], strict=True)
             assert not any(tensor[~mask].any() for tensor, mask in pairs)
+
+
+def test_an_infinite_gradient_changes_no_mask(monkeypatch, tmp_path):
+    """As in the steps that the scaler of fp16 leaves out."""
+    original = Stepper.step
+
+    def overflow(self, *batch_and_lr):
+        scale = 2.0**40 if self.ctx.step == 6 else 2.0**8
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        original(self, *batch_and_lr)
+
+    monkeypatch.setattr(Stepper, "step", overflow)
+    fields = {"epochs": 4, "cyclic_share": 0.5, "precision": "fp16"}
+    _, _, steps = recorded(monkeypatch, tmp_path, **fields)
+    assert not any(g.isfinite().all() for g in steps[6]["gradients"])
+    assert all(map(torch.equal, steps[5]["masks"], steps[6]["masks"]))
+    assert not all(map(torch.equal, steps[1]["masks"], steps[2]["masks"]))
 
 
 def test_set_explores_at_random(monkeypatch, tmp_path):
@@ -232,6 +252,14 @@ def test_statistics_are_estimated_for_every_mean(plain):
             assert not torch.equal(average[k], tickets[number][k])
 
 
+def test_estimates_of_statistics_are_no_evaluation(plain):
+    _, trainer, *_ = plain
+    samples, ctx = trainer.ctx.samples, trainer.ctx
+    assert samples["superpose forward"] == 3 * len(torch.cat(ctx.calibration()))
+    held = len(ctx.data.holdout.inputs)  # the stage's report and `finish` estimate anew
+    assert samples["evaluate forward"] == 4 * held + len(ctx.data.test.inputs) + 2 * 64
+
+
 def nonzero_masks(state, ctx):
     return [ops.pack_mask(state[f"{name}.weight"] != 0) for name in ctx.cocktail.layers]
 
@@ -305,7 +333,13 @@ def test_a_run_too_short_for_a_cycle_says_so(tmp_path):
         ({"base": "sup-tickets"}, r"base='sup-tickets' is not one of"),
         ({"base_options": {"dropp": 1}}, r"base_options has 'dropp', which rigl does not know"),
         ({"base_options": {"drop": 7}}, r"rigl: drop=7 is not in \[0, 1\]"),
-        ({"patterns": "2:4"}, r"does not train 2:4"),
+        ({"base_options": {"drop": "0.5"}}, r"drop='0.5', a str, but the field is a float"),
+        ({"base_options": {"drop": True}}, r"drop=True, a bool, but the field is a float"),
+        ({"base_options": {"allocation": 1}}, r"allocation=1, a int, but the field is a str"),
+        ({"base_options": {"patterns": "unstructured-0.5"}}, r"give patterns outside of base_opt"),
+        ({"base_options": {"ladder": "channel"}}, r"give ladder outside of base_options"),
+        ({"base_options": {"stages": 3}}, r"give stages outside of base_options"),
+        ({"patterns": "2:4"}, r"2:4 cannot be trained"),
         ({"prune_scope": "all"}, r"prune_scope='all' is not one of"),
         ({"average": "median"}, r"average='median' is not one of"),
         ({"cyclic_share": 1.5}, r"cyclic_share=1.5 is not in \[0, 1\]"),

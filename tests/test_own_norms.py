@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from test_engine import Stop, crash_before, run
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_cocktail import Cocktail, convert, models, ops
+from sparse_cocktail.engine import Trainer
 from sparse_cocktail.files import read_tensors
 
 
@@ -96,6 +99,57 @@ def test_state_and_restore_keep_own_norms():
     assert same(own, [*other.statistics(), *other.affine()])
 
 
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_restored_norms_are_copies_where_the_model_is(place):
+    if place == "cuda" and not torch.cuda.is_available():
+        pytest.skip("cuda: torch sees no GPU on this machine")
+    made = cocktail()
+    made.keep_norms("2:4")
+    made.activate("2:4")  # so that what is shared is set aside
+    state = made.state()
+    other = Cocktail(convert(models.build("resnet8", {"width": 4})).to(place))
+    other.restore(state)
+    own, kept = other.subnets["2:4"], state["subnets"][2]
+    pairs = [
+        (own.statistics, kept["statistics"]),
+        (own.affine, kept["affine"]),
+        (other._shared, state["shared"]),
+        (other._shared_affine, state["shared_affine"]),
+    ]
+    for mine, stored in pairs:
+        assert {t.device.type for t in mine} == {place}
+        assert same([t.cpu() for t in mine], stored)
+        assert not {t.data_ptr() for t in mine} & {t.data_ptr() for t in stored}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_momentum_lies_like_its_weight_after_a_resume(tmp_path, monkeypatch, optimizer):
+    """Files keep no strides; in other ones every step of the optimizer takes the slow way."""
+    fields = {"channels_last": True, "optimizer": optimizer, "checkpoint_every": 2}
+    undo = crash_before(monkeypatch, 1, 2)
+    with pytest.raises(Stop):
+        run(tmp_path, **fields)
+    undo()
+    seen = []
+    restore = Trainer._restore
+
+    def look(self, tree):
+        restore(self, tree)
+        seen.append(self.ctx.optimizer)
+
+    monkeypatch.setattr(Trainer, "_restore", look)
+    run(tmp_path, resume=True, **fields)
+    pairs = [
+        (weight, value)
+        for weight, state in seen[0].state.items()
+        for value in state.values()
+        if weight.dim() == 4 and isinstance(value, torch.Tensor) and value.shape == weight.shape
+    ]
+    assert len(pairs) >= 9
+    assert all(value.stride() == weight.stride() for weight, value in pairs)
+    assert any(not weight.is_contiguous() for weight, _ in pairs)
+
+
 def test_recalibration_leaves_scales_in_place():
     made = cocktail()
     made.keep_norms("2:4")
@@ -121,6 +175,56 @@ def test_masks_change_in_place():
     layers = list(made.layers.values())
     assert [layer.density for layer in layers] == [1.0] + [0.0] * (len(layers) - 1)
     assert [len(rows) for rows in made.subnets["2:4"].rows][1:] == [0] * (len(layers) - 1)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result a GPU has to be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        names = ("nonzero", "_local_scalar_dense", "is_nonzero", "equal", "item")
+        self.count += func.overloadpacket.__name__ in names
+        return func(*args, **(kwargs or {}))
+
+
+def test_new_masks_do_not_wait_for_every_layer():
+    made = cocktail()
+    made.activate("2:4")
+    bits = [b.clone() for b in made.masks("2:4")]
+    with Waits() as waits:
+        made.set_masks("2:4", bits)
+    assert waits.count <= 1 < len(bits)
+    for live, rows, found in zip(
+        made.subnets["2:4"].live, made.subnets["2:4"].rows, bits, strict=True
+    ):
+        assert torch.equal(live, found.flatten(1).ne(0).any(1))
+        assert torch.equal(rows, ops.live_rows(found))
+
+
+@pytest.mark.parametrize("how", ["set_masks", "remove and add"])
+def test_other_masks_are_measured_anew(how):
+    made, x = cocktail(), torch.randn(1, 1, 8, 8)
+    for name in ("2:4", "unstructured-0.5"):
+        made.subnet(name).accuracy = 50.0
+        made.latency(name, x)
+    if how == "set_masks":
+        made.set_masks("2:4", made.masks("2:4"))
+    else:
+        made.remove("2:4")
+        made.add("2:4")
+    assert [key[0] for key in made._latencies] == ["unstructured-0.5000"]
+    assert made.subnet("2:4").accuracy is None
+    assert made.subnet("unstructured-0.5").accuracy == 50.0
+
+
+def test_bits_beyond_the_last_input_are_refused():
+    made = cocktail()
+    before = [bits.clone() for bits in made.masks("2:4")]
+    wrong = [torch.full_like(bits, -1) for bits in before]
+    with pytest.raises(ValueError, match="Cocktail.set_masks: mask has bits set beyond in=4"):
+        made.set_masks("2:4", wrong)
+    assert same(before, made.masks("2:4"))
 
 
 def test_dense_has_no_masks_and_stays():

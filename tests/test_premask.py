@@ -4,10 +4,15 @@ import copy
 
 import pytest
 import torch
+from test_engine import OneSubnet, _quiet, toy
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from sparse_cocktail import Cocktail, MaskedLinear, convert, models
+from sparse_cocktail import Cocktail, MaskedLinear, convert, models, ops
+from sparse_cocktail.config import split_fields
+from sparse_cocktail.engine import Trainer
+from sparse_cocktail.methods import METHODS, Pass
 from sparse_cocktail.premask import premasked
 
 SUBNETS = ("unstructured-0.5", "channel-0.5", "2:4", "dense")
@@ -131,3 +136,50 @@ def test_another_dtype_masks_its_own_weight():
     torch.testing.assert_close(half, expected)
     half.float().sum().backward()
     assert torch.equal(layer[0].weight.grad == 0, ~layer[0].mask)
+
+
+# ---- gradient checkpointing ----------------------------------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Convolutions whose activations may be computed anew in the backward pass."""
+
+    def __init__(self, how: dict | None) -> None:
+        super().__init__()
+        self.how, self.stem, self.head = how, nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 3)
+        self.blocks = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = (block(x) if self.how is None else checkpoint(block, x, **self.how)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class GivenTwice(OneSubnet):
+    """Its second stage computes with twice the weights that are kept."""
+
+    def step(self, ctx):
+        layers, masks = ctx.cocktail.layers.values(), ctx.cocktail.masks  # of the second stage
+
+        def twice():
+            pairs = zip(layers, masks("unstructured-0.5000"), strict=True)
+            return [2.0 * ops.masked_weight(m.weight, bits) for m, bits in pairs]
+
+        return [Pass("dense")] if ctx.stage == 0 else [Pass("unstructured-0.5000", weights=twice)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["hooks", "reentrant"])
+@pytest.mark.parametrize("method", [OneSubnet, GivenTwice], ids=["masked", "given"])
+def test_training_with_gradient_checkpointing(method, reentrant, tmp_path, monkeypatch):
+    passes = {"passes": [Pass("unstructured-0.5000")]}
+    monkeypatch.setitem(METHODS, "one", type("One", (method,), passes))
+    ends = []
+    for how in (None, {"use_reentrant": reentrant}):
+        torch.manual_seed(5)
+        fields = {"method": "one", "threads": 1, "recalibrate_samples": 64}
+        trainer = Trainer(*split_fields(fields), tmp_path / str(len(ends)), _quiet())
+        trainer.prepare(Blocks(how), toy())
+        trainer.run()
+        ends.append(trainer.ctx.model.state_dict())
+    torch.testing.assert_close(ends[1], ends[0])

@@ -8,6 +8,8 @@ from statistics import mean, stdev
 import pytest
 
 from sparse_cocktail.ablation import VARIANTS, markdown
+from sparse_cocktail.compare import ENTRIES
+from sparse_cocktail.compare_tables import markdown as compared_markdown
 from sparse_cocktail.config import for_method, read_recipe
 from sparse_cocktail.patterns import family
 
@@ -73,3 +75,33 @@ def test_the_budget_is_what_runs_cost(monkeypatch):
     expected = budget.stage_passes(4, 10, 20) + length * 20 * 3
     assert default["passes"]["train"] == pytest.approx(expected, abs=1)
     assert points[3]["share"] < points[1]["share"]  # the search is paid from the same budget
+
+
+# ---- the comparison of methods -------------------------------------------------------------------
+
+COMPARED = ROOT / "benchmarks/results/digits/compare.json"
+
+
+def test_the_comparison_is_of_all_entries_on_one_revision():
+    summary = load(COMPARED)
+    assert [row["name"] for row in summary["rows"]] == [entry.name for entry in ENTRIES]
+    assert len(summary["seeds"]) >= 3 and "dirty" not in summary["environment"]["revision"]
+    assert COMPARED.with_suffix(".md").read_text() == compared_markdown(summary)
+
+
+def test_the_comparison_holds_the_recipes_own_runs():
+    summary = load(COMPARED)
+    (own,) = [row for row in summary["rows"] if row["name"] == "cocktail"]
+    for place, seed in enumerate(summary["seeds"]):
+        subnets = load(COMPARED.parent / f"seed-{seed}.json")["subnets"]
+        for name in ("dense", "unstructured", "channel", "n:m"):
+            values = [s["accuracy"] for s in subnets if family(s["pattern"]) == name]
+            assert math.isclose(own["accuracy"][name]["by_seed"][place], mean(values))
+
+
+def test_the_readme_quotes_the_comparison():
+    text = (ROOT / "README.md").read_text()
+    for row in load(COMPARED)["rows"]:
+        for name, value in row["accuracy"].items():
+            if name != "dense":
+                assert f"{value['mean']:.2f} ± {value['std']:.2f}" in text, (row["name"], name)

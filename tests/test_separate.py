@@ -1,5 +1,9 @@
 """The engine's parts that other methods stand on: given weights, separate networks, menus."""
 
+from functools import partial
+from math import inf, nan
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_engine import MODEL, one_subnet, same, toy, trained, weights  # noqa: F401
@@ -9,6 +13,7 @@ from sparse_cocktail.config import for_method, split_fields
 from sparse_cocktail.engine import train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS, Pass
+from sparse_cocktail.methods.base import check_choices, check_range
 from sparse_cocktail.methods.menu import MenuOptions, ladder
 from sparse_cocktail.methods.separate import Separate
 from sparse_cocktail.methods.updates import reset_momentum, zero_pruned
@@ -18,7 +23,7 @@ from sparse_cocktail.schedules import cubic, decay_at, linear, triangular
 # ---- given weights -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [None, "unstructured-0.5"], ids=["dense", "masked"])
+@pytest.mark.parametrize("mask", [None, "1:2"], ids=["dense", "masked"])
 @pytest.mark.parametrize(
     "layer", [MaskedLinear(6, 4), MaskedConv2d(6, 4, 3, padding=1)], ids=["linear", "conv"]
 )
@@ -154,20 +159,21 @@ def test_pruned_weights_and_their_momentum_are_zero(separate):
     assert any((m == 0).sum() >= m.numel() / 2 for m in momenta)
 
 
-def test_momentum_is_forgotten():
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_after_a_reset_the_optimizer_steps_like_a_new_one(kind):
     weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight])
-    weight.sum().backward()
-    optimizer.step()
-
-    class Held:
-        pass
-
-    ctx = Held()
-    ctx.optimizer = optimizer
-    reset_momentum(ctx)
-    state = optimizer.state[weight]
-    assert not state["exp_avg"].any() and not state["exp_avg_sq"].any() and int(state["step"]) == 1
+    optimizer = kind([weight], 0.1)
+    weight.grad = torch.full((3,), 0.2)
+    for _ in range(50):
+        optimizer.step()
+    reset_momentum(SimpleNamespace(optimizer=optimizer))
+    twin = torch.nn.Parameter(weight.detach().clone())
+    other = kind([twin], 0.1)
+    for gradient in (0.3, -0.1, 2.0):
+        for parameter, its in ((weight, optimizer), (twin, other)):
+            parameter.grad = torch.full((3,), gradient)
+            its.step()
+        assert torch.equal(weight, twin)
 
 
 def test_an_overwritten_folder_keeps_no_old_network(separate, tmp_path):
@@ -176,6 +182,36 @@ def test_an_overwritten_folder_keeps_no_old_network(separate, tmp_path):
         out = {"method": "by-magnitude", "patterns": pattern, "overwrite": True}
         train("resnet8", toy(), tmp_path, **out, **fields)
     assert [f.name for f in (tmp_path / "networks").iterdir()] == ["2:4.safetensors"]
+
+
+# ---- checks of fields ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("interval", "inside", "outside", "rule"),
+    [
+        ("[0, 1]", [0, 0.5, 1], [-0.1, 1.1, nan, inf], r"in \[0, 1\]"),
+        ("(0, 1)", [0.001], [0, 1, nan], r"in \(0, 1\)"),
+        ("(0, 1]", [1], [0, 2], r"in \(0, 1\]"),
+        ("[0, inf)", [0, 1e9], [-1, inf, nan], "0 or more"),
+        ("(0, inf)", [1], [0, -inf], "positive"),
+        ("[0, 1e+06]", [1e6], [1000001], r"in \[0, 1e\+06\]"),
+    ],
+)
+def test_ranges_of_fields(interval, inside, outside, rule):
+    for value in inside:
+        check_range("rigl", SimpleNamespace(drop=value), interval, ["drop"], "give a share")
+    for value in outside:
+        message = rf"^rigl: drop={value} is not {rule}; give a share$"
+        with pytest.raises(ValueError, match=message):
+            check_range("rigl", SimpleNamespace(drop=value), interval, ["drop"], "give a share")
+
+
+def test_choices_of_fields():
+    options = SimpleNamespace(a="x", b="z")
+    check_choices("set", options, {"a": ("x", "y"), "b": ("z",)})
+    with pytest.raises(ValueError, match=r"^set: b='z' is not one of x, y$"):
+        check_choices("set", options, {"a": ("x", "y"), "b": ("x", "y")})
 
 
 # ---- menus and recipes ---------------------------------------------------------------------------
@@ -189,9 +225,11 @@ def test_ladders_are_those_of_sparse_cocktail():
         "n:m": ["1:2", "2:4", "4:8"],
     }
     assert [str(p) for p in ladder("block-16x16", 1)] == ["block-16x16-0.2000"]
+    both = [str(p) for p in ladder("unstructured+n:m", 2)]
+    assert both == names["unstructured"] + names["n:m"]
 
 
-@pytest.mark.parametrize("kind", ["blocks", "block", "block-4", "channel-2", ""])
+@pytest.mark.parametrize("kind", ["blocks", "block", "block-4", "channel-2", "", "channel+"])
 def test_unknown_ladders_are_refused(kind):
     with pytest.raises(ValueError, match="ladder: kind"):
         ladder(kind, 2)

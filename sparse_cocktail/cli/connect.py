@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .base import app, console
-from .menu import ModelOption, _data_of, _load
+from .loading import ModelOption, data_of, load_cocktail
 
 
 @app.command()
@@ -45,7 +45,7 @@ def connect(
     from ..connectivity_plots import plot_connectivity
 
     check_run(run)
-    cocktail = _load(run, model)
+    cocktail = load_cocktail(run, model)
     count = len(lines_of(cocktail))
     bar = Progress(
         TextColumn("{task.description}"),
@@ -66,7 +66,7 @@ def connect(
         result = measure_connectivity(
             run,
             cocktail,
-            _data_of(cocktail, data, data_dir),
+            data_of(cocktail, data, data_dir),
             points=points,
             matrix_points=matrix_points,
             split=split,

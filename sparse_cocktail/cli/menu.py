@@ -11,74 +11,13 @@ import typer
 from rich.table import Table
 
 from .base import app, console
-
-FileArgument = Annotated[Path, typer.Argument(help="cocktail.safetensors, or the folder of a run")]
-
-
-ModelOption = Annotated[
-    str, typer.Option("--model", help="package.module:function, when the model is your own")
-]
-
-
-def _files(path: Path, subnet: str = "") -> list[Path]:
-    """The cocktail of a file or run; a run of separate networks has one for each, or a subnet's."""
-    from ..patterns import parse
-
-    if not path.is_dir():
-        return [path]
-    if (path / "cocktail.safetensors").is_file():
-        return [path / "cocktail.safetensors"]
-    networks = sorted(path.glob("networks/*.safetensors"))
-    if not networks or not (path / "results.json").is_file():
-        raise ValueError(
-            f"{path} holds no finished run; for an interrupted one: sparse-cocktail resume {path}"
-        )
-    if not subnet:
-        return networks
-    name = str(parse(subnet))
-    if chosen := [file for file in networks if file.stem == name]:
-        return chosen
-    raise ValueError(
-        f"{path} has no network {name}; there are {', '.join(file.stem for file in networks)}: "
-        "name one, or give its file"
-    )
-
-
-def _load(path: Path, model: str = "", subnet: str = ""):
-    """One cocktail of a file or run; your own model is built as the run built it."""
-    from .. import models
-    from ..cocktail import Cocktail
-    from ..cocktail_file import read_cocktail
-
-    path, *others = _files(path, subnet)
-    if others:
-        raise ValueError(
-            f"{path.parent.parent} holds {1 + len(others)} networks of separate weights, such as "
-            f"{path.stem}: name one, or give its file in {path.parent}"
-        )
-    if not model:
-        return Cocktail.load(path)
-    header, _ = read_cocktail(path)
-    arguments = header["extra"].get("config", {}).get("model_args")
-    return Cocktail.load(path, models.create(model, arguments))
+from .loading import FileArgument, ModelOption, data_of, files_of, load_cocktail
 
 
 def _shown(cocktail) -> list[str]:
     """The subnets of a file, less a dense network that is not a product of what was measured."""
     measured = [n for n, s in cocktail.subnets.items() if s.accuracy is not None]
     return [n for n in cocktail.subnets if n != "dense" or not measured or n in measured]
-
-
-def _data_of(cocktail, data: str | None = None, folder: str | None = None):
-    """The data set of the run that made a cocktail, unless others are given."""
-    from .. import data as data_sets
-
-    config = cocktail.extra.get("config", {})
-    name = data or config.get("data")
-    if name is None or name.startswith("custom:"):
-        raise ValueError("the file names no data set that can be loaded; give --data")
-    folder = config.get("data_dir", "") if folder is None else folder
-    return data_sets.load(name, folder, config.get("workers", 0))
 
 
 @app.command("eval")
@@ -101,10 +40,10 @@ def evaluate(
         raise ValueError(f"eval: split={split!r} is not one of train, holdout, test")
     table = Table("subnet", "sparsity", "accuracy", "parameters", title=f"{file} on {split}")
     data_set = None
-    files = list(dict.fromkeys(f for name in subnet or [""] for f in _files(file, name)))
+    files = list(dict.fromkeys(f for name in subnet or [""] for f in files_of(file, name)))
     for path in files:
-        cocktail = _load(path, model)
-        data_set = data_set or _data_of(cocktail, data, data_dir)
+        cocktail = load_cocktail(path, model)
+        data_set = data_set or data_of(cocktail, data, data_dir)
         samples = getattr(data_set, split)
         sizes = {row["name"]: row for row in cocktail.summary()}
         wanted = subnet if subnet and len(files) == 1 else _shown(cocktail)
@@ -154,7 +93,7 @@ def export(
             "export: give either the name of a subnet or limits (--max-flops, --max-bytes, "
             "--max-ms)"
         )
-    cocktail = _load(file, model, subnet)
+    cocktail = load_cocktail(file, model, subnet)
     if not subnet:
         by_size = max_flops is None and max_ms is None
         example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))
@@ -182,7 +121,7 @@ def _sample_shape(cocktail, sample: str) -> tuple[int, ...]:
     """Shape of one input: as given, else that of the run's data set."""
     if not sample:
         try:
-            return _data_of(cocktail).sample_shape
+            return data_of(cocktail).sample_shape
         except ValueError as error:
             raise ValueError(
                 f"export: the shape of an input is not known ({error}); give --sample, such as "
@@ -213,8 +152,8 @@ def info(
         return
     columns = ("subnet", "sparsity", "nnz", "parameters", "bytes", "accuracy")
     table = Table(*columns, title=str(file))
-    for path in _files(file):
-        cocktail = _load(path, model)
+    for path in files_of(file):
+        cocktail = load_cocktail(path, model)
         shown = _shown(cocktail)
         for row in cocktail.summary():
             if row["name"] not in shown:

@@ -10,7 +10,7 @@ from .. import ops
 from ..patterns import Pattern
 from ..schedules import length_in_steps
 from ..selection import check_ranks_agree, magnitude_masks
-from .base import Context, Pass, Stage, option
+from .base import Context, Pass, Stage, check_range, option
 from .menu import MenuOptions, report_ineligible
 from .separate import Separate
 from .updates import reset_momentum, zero_pruned
@@ -42,9 +42,7 @@ class ACDCOptions(MenuOptions):
     def phases(self, epochs: int, steps_per_epoch: int) -> list[tuple[int, str]]:
         """`phases` of a stage; borders are those of epochs where a phase is one or longer."""
         names = ("first_dense", "phase", "last_dense", "last_sparse")
-        for name in (*names, "finetune"):
-            if not getattr(self, name) >= 0:  # NaN is not, either
-                raise ValueError(f"acdc: {name}={getattr(self, name)} is not 0 or more")
+        check_range("acdc", self, "[0, inf)", (*names, "finetune"), "give epochs or a share")
         lengths = {n: length_in_steps(getattr(self, n), epochs, steps_per_epoch) for n in names}
         steps = epochs * steps_per_epoch
         fixed = sum(length for name, length in lengths.items() if name != "phase")

@@ -8,45 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..patterns import NM, Unstructured
 from ..reference import ones
 from ..schedules import cosine, length_in_steps
 from ..selection import check_ranks_agree
 from .ast_masks import next_masks
-from .base import Context, Method, Pass, Stage, option
-from .menu import MenuOptions, report_ineligible
+from .ast_options import ASTOptions
+from .base import Context, Method, Pass, Stage
+from .menu import report_ineligible
+from .updates import dense_gradients
 
-__all__ = ["AST", "ASTOptions", "without_conflict"]
-
-
-@dataclass
-class ASTOptions(MenuOptions):
-    """Recipe fields of AST. Lengths are epochs (int) or shares of the run (float)."""
-
-    FAMILIES = (Unstructured, NM)
-
-    own_norms: bool = option(True, "BatchNorm of its own for every subnet, scales and shifts too")
-    correct_gradients: bool = option(
-        True, "take out of a gradient what goes against that of the subnet before"
-    )
-    ramp_start: float = option(0.0, "where densities begin to fall: epochs (int) or share")
-    ramp_end: float = option(0.6875, "where they reach the patterns': epochs (int) or share")
-    update_until: float = option(0.8, "where masks become final: epochs (int) or share")
-    update_every: float = option(0.016, "between a subnet's mask updates: epochs (int) or share")
-    offset: float = option(
-        0.3, "what a subnet's updates come later than the one's before, as a share of update_every"
-    )
-    drop: float = option(0.5, "share of every layer's weights that are replaced at first")
-    drop_end: float = option(0.005, "the same at update_until; a cosine in between")
-
-    def check(self) -> None:
-        """Raise ValueError for fields out of range."""
-        for name in ("offset", "drop", "drop_end"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"ast: {name}={value} is not in [0, 1]; give a share")
-        for name in ("ramp_start", "update_every"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"ast: {name}={value} is negative; give epochs or a share")
+__all__ = ["AST", "without_conflict"]
 
 
 class AST(Method):
@@ -54,7 +25,11 @@ class AST(Method):
 
     Masks begin full. A subnet's updates set its scheduled density by the magnitude of the shared
     weights, pruned ones included, then prune and regrow in every layer by a dense gradient. From
-    the ramp's end to `update_until` they prune and regrow only.
+    the ramp's end to `update_until` they prune and regrow only. Where fp16 makes the gradient of
+    an update infinite, it does not regrow.
+
+    With `own_norms` every BatchNorm layer is a subnet's own, the stem's too, which the paper's
+    networks share.
     """
 
     Options = ASTOptions
@@ -125,9 +100,9 @@ class AST(Method):
     def before_step(self, ctx: Context) -> None:
         weights = [layer.weight for layer in ctx.cocktail.layers.values()]
         masks = ctx.cocktail.masks(self._pass.subnet)
-        self._dense = None
-        if self._pass.dense_grad:
-            self._dense = [_finite(w.grad) for w in weights]
+        self._due, self._dense = self._pass.dense_grad, None
+        if self._due:
+            self._dense = dense_gradients(ctx)
             for weight, bits in zip(weights, masks, strict=True):
                 weight.grad.copy_(ops.masked_weight(weight.grad, bits))
             self._pass.dense_grad = False  # it has served: the engine may freeze pruned weights
@@ -142,10 +117,11 @@ class AST(Method):
         Where pruned weights are frozen, the part of the previous gradient that they have is left
         out, so that the update itself has no part along the rest.
         """
-        mine = [_finite(w.grad) for w in weights]
+        mine = [w.grad.nan_to_num(0.0, 0.0, 0.0) for w in weights]  # infinite where fp16 overflows
         shared = ctx.config.mask_update == "shared"
         for weight, bits, before in zip(weights, masks, self.state.previous, strict=False):
-            before = before.to(ctx.device)
+            # strided like the weight, which a resume forgets and sums round by
+            before = torch.empty_like(weight).copy_(before)
             before = before if shared else ops.masked_weight(before, bits)
             weight.grad.copy_(without_conflict(weight.grad, before))
         last = self.turn(ctx.step)[0] == len(self._menu) - 1
@@ -169,10 +145,11 @@ class AST(Method):
     def after_step(self, ctx: Context) -> None:
         if ctx.options.own_norms:
             ctx.cocktail.keep_norms(self._pass.subnet)
-        if self._dense is not None:
+        if self._due:
             progress = (ctx.step - self._start) / max(1, self._stop - self._start)
             drop = cosine(ctx.options.drop, ctx.options.drop_end, progress)
             self._update(ctx, self.turn(ctx.step)[0], self._dense, drop)
+            self._dense = None
 
     def _update(
         self, ctx: Context, index: int, gradients: list[Tensor] | None = None, drop: float = 0.0
@@ -199,11 +176,6 @@ class AST(Method):
 
     def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
         return {"": self.report(ctx)}
-
-
-def _finite(gradient: Tensor) -> Tensor:
-    """A copy without infinities, which fp16 has in steps that its scaler leaves out."""
-    return gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def without_conflict(gradient: Tensor, previous: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ schedules, rewinding, precision, checkpoints and logs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..modules import evaluating
 from ..recalibrate import recalibrate
 from ..tasks import Task
 
-__all__ = ["Context", "Method", "Pass", "Stage", "option"]
+__all__ = ["Context", "Method", "Pass", "Stage", "check_choices", "check_range", "option"]
 
 
 def option(default: Any, text: str) -> Any:
@@ -33,6 +33,39 @@ def option(default: Any, text: str) -> Any:
     if isinstance(default, (dict, list)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
+
+
+def check_choices(method: str, options: Any, choices: dict[str, Sequence[str]]) -> None:
+    """Raise ValueError for a recipe field, by name, whose value is not one of its choices."""
+    for name, allowed in choices.items():
+        if (value := getattr(options, name)) not in allowed:
+            raise ValueError(f"{method}: {name}={value!r} is not one of {', '.join(allowed)}")
+
+
+# Intervals of recipe fields, and the word for those without an end.
+_WORDS = {"[0, inf)": "0 or more", "(0, inf)": "positive"}
+
+
+def check_range(
+    method: str, options: Any, interval: str, names: Iterable[str], remedy: str
+) -> None:
+    """Raise ValueError for a recipe field outside of its interval, or NaN.
+
+    Args:
+        method: name for the message.
+        options: what has the fields.
+        interval: "[0, 1]", "(0, 1)", "[0, inf)" and the like; a round bracket leaves the end out.
+        names: of the fields.
+        remedy: what to do, for the message.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(options, name)
+        inside = low < value < high
+        inside |= (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+        if not inside:
+            rule = _WORDS.get(interval, f"in {interval}")
+            raise ValueError(f"{method}: {name}={value} is not {rule}; {remedy}")
 
 
 @dataclass
@@ -67,7 +100,8 @@ class Pass:
         keep: keep batch and output for the next step.
         loss: replaces the loss; called as loss(output, target, teacher_output).
         transform: changes the input.
-        dense_grad: give pruned weights their straight-through gradient.
+        dense_grad: give pruned weights their straight-through gradient. The recipe's `clip_norm`
+            counts it: such a step is clipped by the norm of all gradients.
         weights: makes what the masked layers compute with instead of their own weights: one tensor
             per layer, in the order of `Cocktail.layers`. Gradients flow through them, and it is
             called anew for every part of a batch.
@@ -157,12 +191,15 @@ class Context:
                     "lr, add warmup or clip_norm"
                 )
 
-    def save_weights(self, name: str) -> None:
-        """Write the present weights to a file of the run's folder (rank 0; the others wait)."""
+    def save_weights(self, name: str, facts: dict[str, Any] | None = None) -> None:
+        """Write the present weights to a file of the run's folder (rank 0; the others wait).
+
+        Its header holds `facts`, which must be JSON-able.
+        """
         weights = self.weights()
         self.check_finite(weights)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            write_tensors(self.folder / name, weights, {})
+            write_tensors(self.folder / name, weights, facts or {})
         if dist.is_initialized():
             dist.barrier()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ..patterns import NM, Channel, Unstructured, parse
 from ..schedules import geometric_density
-from .base import option
+from .base import check_choices, check_range, option
 
 __all__ = ["PAPER", "PARITY", "CocktailOptions"]
 
@@ -33,6 +33,14 @@ _CHOICES = {
     "objective": ("distinct", "stages"),
     "consolidate_draw": ("uniform", "pattern", "sparsest"),
 }
+_RANGES = (
+    ("(0, 1)", ("prune_unstructured", "prune_channel"), "the paper uses 0.2 and 0.1"),
+    ("[0, 1]", ("beta",), "the paper uses 0.8"),
+    ("[0, inf)", ("first_cycle", "cycle"), "give epochs or a share"),
+    ("[0, inf)", ("consolidate", "search_samples"), "0 leaves it out"),
+    ("[0, inf)", ("restart_lr", "min_lr", "consolidate_lr"), "give a learning rate"),
+    ("[0, inf)", ("consolidate_weight", "dense_weight"), "give a factor"),
+)
 
 
 @dataclass
@@ -107,21 +115,9 @@ class CocktailOptions:
                 f"cocktail: rewind={self.rewind} is not in [0, epochs={epochs}]; it counts "
                 "completed epochs of stage 0, and 0 means no rewinding"
             )
-        for name in ("prune_unstructured", "prune_channel"):
-            if not 0.0 < getattr(self, name) < 1.0:
-                raise ValueError(f"cocktail: {name}={getattr(self, name)} is not in (0, 1)")
-        if not 0.0 <= self.beta <= 1.0:
-            raise ValueError(f"cocktail: beta={self.beta} is not in [0, 1]; the paper uses 0.8")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"cocktail: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
-        lengths = ("first_cycle", "cycle", "consolidate", "search_samples")
-        factors = ("restart_lr", "min_lr", "consolidate_lr", "consolidate_weight", "dense_weight")
-        for name in (*lengths, *factors):
-            if not getattr(self, name) >= 0:  # NaN is not, either
-                raise ValueError(f"cocktail: {name}={getattr(self, name)} is not 0 or more")
+        check_choices("cocktail", self, _CHOICES)
+        for interval, names, remedy in _RANGES:
+            check_range("cocktail", self, interval, names, remedy)
         if self.consolidate_subnets < 1:
             raise ValueError(
                 f"cocktail: consolidate_subnets={self.consolidate_subnets} is below 1; "

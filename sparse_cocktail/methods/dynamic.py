@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from .. import ops
@@ -14,9 +16,18 @@ from .base import Context, Pass, Stage
 from .dynamic_options import DynamicOptions, GraNetOptions, Timetable
 from .menu import report_ineligible
 from .separate import Separate
-from .updates import zero_pruned
+from .updates import dense_gradients, zero_pruned
 
-__all__ = ["SET", "Changing", "GraNet", "RigL", "explore", "present_weights", "replace_masks"]
+__all__ = [
+    "SET",
+    "Changing",
+    "GraNet",
+    "RigL",
+    "explore",
+    "growth",
+    "present_weights",
+    "replace_masks",
+]
 
 
 class Changing(Separate):
@@ -38,8 +49,11 @@ class Changing(Separate):
         return str(self.present(ctx)[0])
 
     def after_step(self, ctx: Context) -> None:
-        zero_pruned(ctx, self.name(ctx))
-        if self.timetable.due(ctx.step):
+        due = self.timetable.due(ctx.step)
+        # in the other steps they are zero already, and the engine has them stay so
+        if due or ctx.step == 0 or ctx.config.mask_update == "shared":
+            zero_pruned(ctx, self.name(ctx))
+        if due:
             self.change(ctx)
 
     def change(self, ctx: Context) -> None:
@@ -78,16 +92,22 @@ class SET(Changing):
         due = self.timetable.due(ctx.step)
         return [Pass(self.name(ctx), dense_grad=due and not self.RANDOM)]
 
+    def before_step(self, ctx: Context) -> None:
+        if self.timetable.due(ctx.step):
+            self.growth = growth(ctx, self.RANDOM)
+
     def change(self, ctx: Context) -> None:
-        explore(ctx, self.name(ctx), self.drop(ctx), self.RANDOM)
+        explore(ctx, self.name(ctx), self.drop(ctx), self.growth)
+        self.growth = None  # frees the gradients
 
 
 class RigL(SET):
     """They move to where the dense gradient is largest (Evci et al., ICML 2020).
 
-    That is the gradient of the very step after which they move, over its whole batch. A channel
-    that has lost all of its weights is silent behind BatchNorm, gets no gradient, and stays so
-    (with `silence` off it may come back).
+    That is the gradient of the very step after which they move, over its whole batch; where fp16
+    makes it infinite, they stay until the next change. A channel that has lost all of its weights
+    is silent behind BatchNorm, gets no gradient, and stays so (with `silence` off it may come
+    back).
     """
 
     NAME = "rigl"
@@ -126,23 +146,31 @@ def present_weights(ctx: Context) -> list[torch.Tensor]:
     return [layer.weight.detach() for layer in ctx.cocktail.layers.values()]
 
 
-def explore(ctx: Context, name: str, drop: float, random: bool) -> None:
+def growth(ctx: Context, random: bool) -> dict[str, Any] | None:
+    """By what weights are to grow after this step, for `explore`: call it before that step.
+
+    At random, or by the gradients that the layers hold, which must be dense; None where one of
+    these is not finite.
+    """
+    if random:
+        return {"generator": ctx.generator()}
+    gradients = dense_gradients(ctx)
+    return None if gradients is None else {"gradients": gradients}
+
+
+def explore(ctx: Context, name: str, drop: float, by: dict[str, Any] | None) -> None:
     """Replace a share of every layer's weights: call it after the optimizer step.
 
     Args:
         name: of the subnet; its pruned weights are zero.
         drop: share of its weights that go, the smallest first.
-        random: grow at random, else by the gradients that the layers hold, which must be dense.
+        by: what `growth` gave; None: all stay.
     """
+    if by is None:
+        return
     with ctx.timed("mask"):
-        by = {"generator": ctx.generator()} if random else {"gradients": _gradients(ctx)}
         masks = prune_and_regrow(present_weights(ctx), ctx.cocktail.masks(name), drop, **by)
     replace_masks(ctx, name, masks)
-
-
-def _gradients(ctx: Context) -> list[torch.Tensor]:
-    weights = [layer.weight for layer in ctx.cocktail.layers.values()]
-    return [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
 
 
 def replace_masks(ctx: Context, name: str, masks: list[torch.Tensor]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..allocation import ALLOCATIONS
 from ..patterns import Unstructured
 from ..schedules import length_in_steps
-from .base import option
+from .base import check_choices, check_range, option
 from .menu import MenuOptions
 
 __all__ = ["DynamicOptions", "GraNetOptions", "GradualOptions", "Timetable"]
@@ -23,11 +23,8 @@ class TimetableOptions(MenuOptions):
 
     def check(self, method: str) -> None:
         """Raise ValueError for fields out of range."""
-        for name in ("update_every", "update_until", "ramp_end"):
-            if not (value := getattr(self, name, 1)) > 0:
-                raise ValueError(
-                    f"{method}: {name}={value} is not positive; give epochs or a share"
-                )
+        lengths = [n for n in ("update_every", "update_until", "ramp_end") if hasattr(self, n)]
+        check_range(method, self, "(0, inf)", lengths, "give epochs or a share")
 
 
 @dataclass
@@ -45,12 +42,8 @@ class DynamicOptions(TimetableOptions):
 
     def check(self, method: str) -> None:
         super().check(method)
-        for name in ("drop", "drop_end"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{method}: {name}={value} is not in [0, 1]; 0.5 is usual")
-        if self.allocation not in ALLOCATIONS:
-            known = ", ".join(ALLOCATIONS)
-            raise ValueError(f"{method}: allocation={self.allocation!r} is not one of {known}")
+        check_range(method, self, "[0, 1]", ("drop", "drop_end"), "0.5 is usual")
+        check_choices(method, self, {"allocation": ALLOCATIONS})
 
 
 @dataclass
@@ -65,8 +58,7 @@ class GraNetOptions(DynamicOptions):
 
     def check(self, method: str) -> None:
         super().check(method)
-        if not 0 < self.start_density <= 1:
-            raise ValueError(f"{method}: start_density={self.start_density} is not in (0, 1]")
+        check_range(method, self, "(0, 1]", ["start_density"], "0.5 is usual")
 
 
 @dataclass
@@ -80,8 +72,7 @@ class GradualOptions(TimetableOptions):
 
     def check(self, method: str) -> None:
         super().check(method)
-        if not self.ramp_start >= 0:
-            raise ValueError(f"{method}: ramp_start={self.ramp_start} is not 0 or more")
+        check_range(method, self, "[0, inf)", ["ramp_start"], "give epochs or a share")
 
 
 @dataclass(frozen=True)

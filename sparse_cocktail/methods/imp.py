@@ -1,6 +1,7 @@
 """Iterative magnitude pruning with rewinding: lottery tickets (Frankle and Carbin; Frankle et al.).
 
 Papers: ICLR 2019 (tickets), ICML 2020 (rewinding to an early epoch instead of the first weights).
+Only the latter is offered: `rewind` counts epochs from 1 on, and 0 trains on without rewinding.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .. import ops
 from ..patterns import Dense, Pattern, Unstructured
 from ..schedules import geometric_density, keep_count
 from ..selection import check_ranks_agree
-from .base import Context, Method, Pass, Stage, option
+from .base import Context, Method, Pass, Stage, check_range, option
 from .menu import ScheduleOptions
 from .updates import zero_pruned
 
@@ -39,10 +40,7 @@ class IMPOptions(ScheduleOptions):
         """Raise ValueError for fields that make no run of `epochs` of this method."""
         if self.stages < 1:
             raise ValueError(f"{method}: stages={self.stages} is below 1; 10 is Sparse Cocktail's")
-        if not 0.0 < self.prune_unstructured < 1.0:
-            raise ValueError(
-                f"{method}: prune_unstructured={self.prune_unstructured} is not in (0, 1)"
-            )
+        check_range(method, self, "(0, 1)", ["prune_unstructured"], "0.2 is usual")
         least = 0 if self.WITHOUT_REWINDING else 1
         if not least <= self.rewind <= epochs:
             raise ValueError(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from ..patterns import Block, Channel, Pattern, Unstructured, parse
 from ..schedules import cosine, decay_at, geometric_density
 from ..selection import eligible
-from .base import Context, option
+from .base import Context, check_choices, check_range, option
 
-__all__ = ["MenuOptions", "ScheduleOptions", "ladder", "report_ineligible"]
+__all__ = ["MenuOptions", "ScheduleOptions", "ladder", "layers_to_prune", "report_ineligible"]
 
 # Share of what is left that a rung removes: Sparse Cocktail's ratios.
 RATES = {"unstructured": 0.2, "channel": 0.1, "block": 0.2}
@@ -23,9 +23,14 @@ def ladder(kind: str, stages: int) -> list[Pattern]:
     """Patterns of growing sparsity, those of Sparse Cocktail's stages 1 to `stages`.
 
     Args:
-        kind: unstructured (density 0.8^k), channel (0.9^k), block-RxC (0.8^k), or n:m (1:2, 2:4
-            and 4:8, whatever `stages` is).
+        kind: unstructured (density 0.8^k), channel (0.9^k), block-RxC (0.8^k), n:m (1:2, 2:4 and
+            4:8, whatever `stages` is), or several, as in unstructured+n:m.
     """
+    return [pattern for one in kind.split("+") for pattern in _rungs(one, stages)]
+
+
+def _rungs(kind: str, stages: int) -> list[Pattern]:
+    """The ladder of a single pattern."""
     if kind == "n:m":
         return [parse(name) for name in NM_RUNGS]
     family, *size = kind.split("-", 1)
@@ -55,12 +60,14 @@ class ScheduleOptions:
 
     def learning_rate(self, lr: float, steps: int) -> Callable[[int], float]:
         """The learning rate of each of a stage's steps; ValueError for bad fields."""
-        if not self.min_lr >= 0:
-            raise ValueError(f"config: min_lr={self.min_lr} is not 0 or more")
-        if self.lr_schedule not in LR_SCHEDULES:
-            known = ", ".join(LR_SCHEDULES)
-            raise ValueError(f"config: lr_schedule={self.lr_schedule!r} is not one of {known}")
+        check_range("config", self, "[0, inf)", ["min_lr"], "0 is where a cosine may end")
+        check_choices("config", self, {"lr_schedule": LR_SCHEDULES})
         if self.lr_schedule == "cosine":
+            if self.min_lr > lr:
+                raise ValueError(
+                    f"config: min_lr={self.min_lr} is above lr={lr}, but a cosine falls from lr to "
+                    "min_lr; lower min_lr or raise lr"
+                )
             return lambda step: cosine(lr, self.min_lr, step / steps)
         try:
             shares = [float(share) for share in self.milestones.split(",") if share.strip()]
@@ -68,6 +75,11 @@ class ScheduleOptions:
             raise ValueError(
                 f"config: milestones={self.milestones!r} are no shares such as 0.5,0.75"
             ) from error
+        if beyond := [share for share in shares if not 0 < share < 1]:
+            raise ValueError(
+                f"config: milestones={self.milestones!r} has {beyond[0]:g}, which is no share of a "
+                "stage in (0, 1); divide epochs by those of the stage, as in 0.5,0.75"
+            )
         return lambda step: decay_at(lr, step / steps, shares, 0.1)
 
 
@@ -79,7 +91,8 @@ class MenuOptions(ScheduleOptions):
         "", "subnets by name, as in unstructured-0.9,2:4 (empty: the rungs of ladder)"
     )
     ladder: str = option(
-        "unstructured", "ratios of one pattern: unstructured, channel, n:m or block-RxC"
+        "unstructured",
+        "ratios of a pattern: unstructured, channel, n:m or block-RxC; several as unstructured+n:m",
     )
     stages: int = option(10, "rungs of the ladder")
 
@@ -89,23 +102,63 @@ class MenuOptions(ScheduleOptions):
     def menu(self) -> list[Pattern]:
         """The patterns to train, in order; ValueError for what the method cannot train."""
         if self.stages < 1:
-            raise ValueError(f"menu: stages={self.stages} is below 1; 10 is Sparse Cocktail's")
+            raise ValueError(
+                f"{self._methods()}: stages={self.stages} is below 1; 10 is Sparse Cocktail's"
+            )
         given = [name.strip() for name in self.patterns.split(",") if name.strip()]
         made = [parse(name) for name in given] or ladder(self.ladder, self.stages)
         names = [str(pattern) for pattern in made]
         if len(set(names)) < len(names) or "dense" in names:
-            raise ValueError(f"menu: patterns={names} has dense or a name twice (four decimals)")
+            raise ValueError(
+                f"{self._methods()}: patterns={names} has dense or a name twice (four decimals); "
+                "name each once, without dense, or use fewer stages"
+            )
         kinds = self.FAMILIES
         for pattern in made:
             if kinds is not None and not isinstance(pattern, kinds):
                 known = ", ".join(kind.__name__ for kind in kinds)
-                raise ValueError(f"menu: this method does not train {pattern}; it takes {known}")
+                raise ValueError(
+                    f"{self._methods()}: {pattern} cannot be trained, but patterns of {known}; "
+                    "choose others, or another method"
+                )
         return made
+
+    def _methods(self) -> str:
+        """Names of the methods whose fields these are, for messages."""
+        from . import METHODS  # whose modules import this one
+
+        found = [name for name, method in METHODS.items() if method.Options is type(self)]
+        return "/".join(found) or type(self).__name__
+
+
+def layers_to_prune(ctx: Context, pattern: Pattern) -> list[int]:
+    """Places of the masked layers that a pattern prunes; the others stay dense, which is logged.
+
+    Raises ValueError where there are none: the network would be dense under a sparse name.
+    """
+    cocktail, left = ctx.cocktail, {}
+    for index, (name, layer) in enumerate(cocktail.layers.items()):
+        reason = eligible(layer.weight.shape, pattern)
+        if isinstance(pattern, Channel) and index in cocktail.outputs:
+            reason = "its channels are the outputs"
+        if reason:
+            left[index] = name, reason
+    if len(left) == len(cocktail.layers):
+        name, reason = left[0]
+        raise ValueError(
+            f"{ctx.config.method}: no masked layer of {ctx.config.model} can take {pattern} (such "
+            f"as {name}: {reason}); choose other patterns, or mask more layers (mask_linear, "
+            "mask_first)"
+        )
+    for name, reason in left.values():
+        ctx.log("left_dense", pattern=str(pattern), layer=name, reason=reason)
+    return [index for index in range(len(cocktail.layers)) if index not in left]
 
 
 def report_ineligible(ctx: Context, patterns: Iterable[Pattern]) -> None:
-    """Log which layers the patterns leave dense, before the first step."""
+    """Log which layers the patterns leave dense, before the first step.
+
+    Raises ValueError for a pattern that no layer can take.
+    """
     for pattern in patterns:
-        for name, layer in ctx.cocktail.layers.items():
-            if reason := eligible(layer.weight.shape, pattern):
-                ctx.log("left_dense", pattern=str(pattern), layer=name, reason=reason)
+        layers_to_prune(ctx, pattern)

@@ -14,7 +14,7 @@ from .. import ops
 from ..patterns import Channel
 from ..schedules import keep_count
 from ..selection import check_ranks_agree
-from .base import Context, Method, Pass, Stage, option
+from .base import Context, Method, Pass, Stage, check_range, option
 from .menu import MenuOptions
 
 __all__ = ["MutualNet", "MutualNetOptions", "prefix_masks", "sizes"]
@@ -39,9 +39,8 @@ class MutualNetOptions(MenuOptions):
 
     def widths(self) -> list[Channel]:
         """What is trained besides the full network: the menu, then the grid."""
-        for name in ("random_widths", "grid"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"mutualnet: {name}={value} is negative; 0 leaves these out")
+        counts = ("random_widths", "grid")
+        check_range("mutualnet", self, "[0, inf)", counts, "0 leaves these out")
         widths = {str(pattern): pattern for pattern in self.menu()}
         most = max(pattern.sparsity for pattern in widths.values())
         for k in range(1, self.grid + 1):

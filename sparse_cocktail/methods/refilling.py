@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from ..patterns import Channel, Pattern, Unstructured
 from ..schedules import geometric_density, keep_count
-from .base import Context, option
+from .base import Context, check_choices, check_range, option
 from .imp import IMP, IMPOptions, weights_file
 
 __all__ = ["Refilling", "RefillingOptions"]
@@ -41,20 +41,18 @@ class RefillingOptions(IMPOptions):
 
     def check(self, method: str, epochs: int) -> None:
         super().check(method, epochs)
-        if not 0.0 < self.prune_channel < 1.0:
-            raise ValueError(f"{method}: prune_channel={self.prune_channel} is not in (0, 1)")
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"{method}: {name}={value!r} is not one of {', '.join(allowed)}")
+        check_range(method, self, "(0, 1)", ["prune_channel"], "0.1 is usual")
+        check_choices(method, self, _CHOICES)
 
 
 class Refilling(IMP):
     """IMP, and then for every ticket a network of whole channels, trained from the rewound weights.
 
     In each layer the channels stay in which the trained ticket has most left; their pruned weights
-    come back with the values that are rewound to. A channel network has its ticket's nominal
-    sparsity in its name, which its own is but for rounding to whole channels; with a uniform
-    allocation it is that of the channel ladder.
+    come back with the values that are rewound to. Their number is rounded to nearest, and at least
+    1, where the paper rounds down. A channel network has its ticket's nominal sparsity in its name,
+    which its own is but for that rounding; with a uniform allocation it is that of the channel
+    ladder.
     """
 
     Options = RefillingOptions

@@ -9,69 +9,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..allocation import ALLOCATIONS
 from ..costs import flops
 from ..modules import output_positions
-from ..patterns import Block, Channel, Pattern, Unstructured
+from ..patterns import Pattern
 from ..reference import ones
-from ..schedules import length_in_steps
-from ..selection import check_ranks_agree, eligible
+from ..selection import check_ranks_agree
 from ..soft_masks import SoftMasks, block_of
-from .base import Context, Pass, Stage, option
-from .menu import MenuOptions
+from .base import Context, Pass, Stage
+from .menu import layers_to_prune
 from .separate import Separate
+from .spartan_options import SpartanOptions
 
 __all__ = ["Spartan", "SpartanOptions"]
-
-_CHOICES = {
-    "cost_model": ("sparsity", "flops"),
-    "allocation": ALLOCATIONS,
-    "normalise": ("none", "rms"),
-}
-SHARPEST = 1e6  # times the root of any unit's size it is in the range of ops.soft_topk_multi
-
-
-@dataclass
-class SpartanOptions(MenuOptions):
-    """Recipe fields of Spartan."""
-
-    FAMILIES = (Unstructured, Channel, Block)
-
-    sharpness: float = option(
-        10.0, "of the soft mask at the end of soft_phase; times the root of a block's size"
-    )
-    soft_phase: float = option(
-        0.8, "soft masks sharpen, then freeze: epochs (int) or share of a network's (float)"
-    )
-    budget_ramp: float = option(
-        0.2, "the kept share falls from 1 to its target: epochs (int) or share (float)"
-    )
-    cost_model: str = option("sparsity", "what a weight costs: sparsity (1) or flops (positions)")
-    allocation: str = option("global", "kept weights per layer: global, uniform or erk")
-    normalise: str = option("none", "rank weights as they are, or divided by their layer's rms")
-    adjust_cost: bool = option(
-        False, "prune masked layers more, so that the whole network has the pattern's density"
-    )
-
-    def check(self) -> None:
-        """Raise ValueError for fields out of range or that contradict each other."""
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"spartan: {name}={value!r} is not one of {', '.join(allowed)}")
-        if not 0 <= self.sharpness <= SHARPEST:
-            raise ValueError(
-                f"spartan: sharpness={self.sharpness} is not in [0, {SHARPEST:g}]; the paper ends "
-                "at 10 for ResNet-50 and 20 for ViT-B/16"
-            )
-        if not self.soft_phase > 0:
-            raise ValueError(f"spartan: soft_phase={self.soft_phase} is not positive; 0.8 is usual")
-        if not self.budget_ramp >= 0:
-            raise ValueError(f"spartan: budget_ramp={self.budget_ramp} is not 0 or more")
-        if self.cost_model == "flops" and self.allocation != "global":
-            raise ValueError(
-                f"spartan: cost_model='flops' needs allocation='global', not {self.allocation!r}: "
-                "the weights of one layer all cost the same; set one of the two back"
-            )
 
 
 class Spartan(Separate):
@@ -90,6 +39,10 @@ class Spartan(Separate):
     Units of unequal size (channels) share a global budget of weights: the sharpness then goes with
     the root of their mean size. Layers that a block does not divide stay dense; Spartan's own code
     prunes those unstructured, without a word but a print.
+
+    The masks of a step are made once for all parts of an accumulated batch. A soft step waits for
+    the device once, to learn which channels are silent; with layers whose units cost unequally
+    (channels, flops), about 50 times, as the hard mask is then found by bisection.
     """
 
     Options = SpartanOptions
@@ -99,41 +52,28 @@ class Spartan(Separate):
         roots: list = field(default_factory=list)  # of the last soft masks, one per budget
         kept: dict = field(default_factory=dict)  # frozen soft values by pruned layer
 
+    _made: tuple[int, int] | None = None  # stage and step whose masks the cocktail holds
+
     # ---- what is pruned, and when ----------------------------------------------------------------
 
     def plan(self, ctx: Context) -> list[Stage]:
-        o, epochs = ctx.options, ctx.config.epochs
+        o = ctx.options
         o.check()
-        soft, ramp = (
-            length_in_steps(x, epochs, ctx.steps_per_epoch) for x in (o.soft_phase, o.budget_ramp)
-        )
-        steps = epochs * ctx.steps_per_epoch
-        if not ramp <= soft <= steps:
+        if ctx.config.compile:
             raise ValueError(
-                f"spartan: budget_ramp={o.budget_ramp} and soft_phase={o.soft_phase} are {ramp} "
-                f"and {soft} steps of {steps}; the budget falls within the soft phase, and that "
-                "ends within the run"
+                "spartan: compile=True, but Spartan makes the weights outside of the network at "
+                "every pass; set compile=False"
             )
-        self._soft, self._ramp = max(1, soft), ramp
+        self._soft, self._ramp = o.phases(ctx.config.epochs, ctx.steps_per_epoch)
         self._masks = {str(pattern): self._masks_of(ctx, pattern) for pattern in o.menu()}
         return super().plan(ctx)
 
     def _masks_of(self, ctx: Context, pattern: Pattern) -> SoftMasks:
-        o, shapes, costs = ctx.options, {}, {}
+        o, layers = ctx.options, list(ctx.cocktail.layers.items())
         everything, positions = self._costs(ctx)
-        for index, (name, layer) in enumerate(ctx.cocktail.layers.items()):
-            reason = eligible(layer.weight.shape, pattern)
-            if isinstance(pattern, Channel) and index in ctx.cocktail.outputs:
-                reason = "its channels are the outputs"
-            if reason:
-                ctx.log("left_dense", pattern=str(pattern), layer=name, reason=reason)
-                continue
-            shapes[index] = tuple(layer.weight.shape)
-            costs[index] = positions.get(name, 1)
-        if not shapes:
-            raise ValueError(
-                f"spartan: no layer of {ctx.config.model} can take {pattern}; choose other patterns"
-            )
+        places = layers_to_prune(ctx, pattern)
+        shapes = {i: tuple(layers[i][1].weight.shape) for i in places}
+        costs = {i: positions.get(layers[i][0], 1) for i in places}
         density, own = pattern.density, sum(math.prod(s) * costs[i] for i, s in shapes.items())
         if o.adjust_cost:  # what is not pruned costs, too
             density = 1.0 - (1.0 - density) * everything / own
@@ -178,10 +118,15 @@ class Spartan(Separate):
 
     def _soft_weights(self, ctx: Context) -> list[Tensor]:
         name, masks, weights = self._present(ctx)
+        place = ctx.stage, ctx.step
         with ctx.timed("mask"):
-            fall, rise = self.progress(ctx.step)
-            made, bits, self.state.roots = masks.weights(weights, fall, rise, self.state.roots)
-            ctx.cocktail.set_masks(name, bits)  # silences what is all pruned
+            known = ctx.cocktail.masks(name) if self._made == place else None
+            made, bits, self.state.roots = masks.weights(
+                weights, *self.progress(ctx.step), self.state.roots, known
+            )
+            if known is None:
+                ctx.cocktail.set_masks(name, bits)  # silences what is all pruned
+                self._made = place
         return made
 
     def _frozen_weights(self, ctx: Context) -> list[Tensor]:

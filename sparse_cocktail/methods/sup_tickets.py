@@ -17,7 +17,7 @@ from ..patterns import Pattern, Unstructured
 from ..recalibrate import recalibrate
 from ..selection import check_ranks_agree
 from .base import Context, Pass, Stage
-from .dynamic import SET, explore
+from .dynamic import SET, explore, growth
 from .separate import Separate
 from .sup_tickets_options import Cycles, SupTicketsOptions
 from .updates import zero_pruned
@@ -36,7 +36,7 @@ class SupTickets(Separate):
     rate goes up and down again. At the low point at its end the weights join a running mean that
     starts from the end of pre-training; the mean is pruned to the density of the network, and its
     BatchNorm statistics are estimated anew. Training goes on from the weights as they were. The
-    last mean is what the method leaves.
+    last mean is what the method leaves. The forwards for these statistics come on top of `cost`.
 
     Any method fits that trains every network in one stage. Masks of other patterns than
     unstructured stay as the base left them, the mean's too.
@@ -57,7 +57,10 @@ class SupTickets(Separate):
         kind, options = o.base_method()
         self.cycles = Cycles.split(epochs, o.cyclic_share, o.ticket_cycle)
         if not self.cycles.count:
-            ctx.say(f"sup-tickets: epochs={epochs} has no room for a cycle, so nothing is averaged")
+            ctx.say(
+                f"sup-tickets: epochs={epochs} has no room for a cycle (cyclic_share="
+                f"{o.cyclic_share}, ticket_cycle={o.ticket_cycle}), so nothing is averaged"
+            )
         self.base, self.random = kind(), issubclass(kind, SET) and kind.RANDOM
         self._inner = {
             "config": dataclasses.replace(ctx.config, epochs=self.cycles.pretrain),
@@ -109,9 +112,11 @@ class SupTickets(Separate):
         pattern, _, _ = self.present(ctx)
         return [Pass(str(pattern), dense_grad=self._explores(ctx, pattern) and not self.random)]
 
+    def _starts(self, ctx: Context) -> bool:
+        return self.cycles.starts(ctx.step, ctx.steps_per_epoch)
+
     def _explores(self, ctx: Context, pattern: Pattern) -> bool:
-        starts = self.cycles.starts(ctx.step, ctx.steps_per_epoch)
-        return starts and isinstance(pattern, Unstructured)
+        return self._starts(ctx) and isinstance(pattern, Unstructured)
 
     def after_pass(self, ctx: Context) -> None:
         if self._pretrains(ctx):
@@ -120,15 +125,19 @@ class SupTickets(Separate):
     def before_step(self, ctx: Context) -> None:
         if self._pretrains(ctx):
             self.base.before_step(self._as_base(ctx))
+        elif self._explores(ctx, self.present(ctx)[0]):
+            self._growth = growth(ctx, self.random)
 
     def after_step(self, ctx: Context) -> None:
         if self._pretrains(ctx):
             self.base.after_step(self._as_base(ctx))
             return
         pattern, _, _ = self.present(ctx)
-        zero_pruned(ctx, str(pattern))
+        if self._starts(ctx) or ctx.config.mask_update == "shared":  # else they stay zero
+            zero_pruned(ctx, str(pattern))
         if self._explores(ctx, pattern):
-            explore(ctx, str(pattern), ctx.options.ticket_drop, self.random)
+            explore(ctx, str(pattern), ctx.options.ticket_drop, self._growth)
+            self._growth = None
 
     # ---- tickets ---------------------------------------------------------------------------------
 
@@ -163,10 +172,17 @@ class SupTickets(Separate):
             ticket = {k: tensor.clone() for k, tensor in ctx.weights().items()}
             average = ctx.read_weights(self._file(ctx, number - 1))
             self._load(ctx, superpose(average, ticket, number, pruned, share), name, kept)
-            self._measure(ctx, name, number)
+            if batches := ctx.calibration():
+                with cocktail.using(name):
+                    recalibrate(ctx.model, batches)
+                ctx.count("forward", sum(map(len, batches)))
             ctx.save_weights(self._file(ctx, number))
-            if number < self.cycles.count:
-                self._load(ctx, ticket, name, masks)
+        with ctx.timed("evaluate"), cocktail.using(name):
+            accuracy = ctx.accuracy("holdout")
+        ctx.log("superpose", subnet=name, ticket=number, holdout=accuracy)
+        self.state.tickets.append({"subnet": name, "ticket": number, "holdout": accuracy})
+        if number < self.cycles.count:
+            self._load(ctx, ticket, name, masks)
 
     def _keep(self, ctx: Context, masks: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
         """Bits of the mean: its largest weights, as many as the network has in its `masks`."""
@@ -183,13 +199,3 @@ class SupTickets(Separate):
         ctx.model.load_state_dict(weights)
         ctx.cocktail.set_masks(name, masks)
         check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnet(name).row))
-
-    def _measure(self, ctx: Context, name: str, number: int) -> None:
-        """Estimate the mean's BatchNorm statistics, in the model, and its hold-out accuracy."""
-        with ctx.timed("evaluate"), ctx.cocktail.using(name):
-            if batches := ctx.calibration():
-                recalibrate(ctx.model, batches)
-                ctx.count("forward", sum(map(len, batches)))
-            accuracy = ctx.accuracy("holdout")
-        ctx.log("superpose", subnet=name, ticket=number, holdout=accuracy)
-        self.state.tickets.append({"subnet": name, "ticket": number, "holdout": accuracy})

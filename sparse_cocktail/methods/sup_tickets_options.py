@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from ..schedules import triangular
-from .base import option
+from .base import check_choices, check_range, option
 from .menu import MenuOptions
 from .separate import Separate
 
 __all__ = ["Cycles", "SupTicketsOptions"]
 
 _CHOICES = {"prune_scope": ("global", "layerwise"), "average": ("mean", "moving")}
+MENU_FIELDS = ("patterns", "ladder", "stages")  # say which networks there are, once for all
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,19 @@ class Cycles:
 
     @classmethod
     def split(cls, epochs: int, share: float, length: float) -> Cycles:
-        """As many whole cycles as fit into a share of the epochs; one, where only the run has room.
+        """As many whole cycles as fit into a share of the epochs.
 
         Args:
             epochs: of the network.
             share: of them for all cycles together.
-            length: of a cycle: epochs (int) or share of the network's (float), at least one epoch.
+            length: of a cycle: epochs (int) or share of the network's (float). The latter is
+                rounded to whole epochs, and there is one such cycle, where only the run has room.
         """
-        length = length if isinstance(length, int) else max(1, round(length * epochs))
-        count = math.floor(epochs * share / length + 1e-9) or int(length < epochs)
-        return cls(epochs - count * length, count, length)
+        whole = length if isinstance(length, int) else max(1, round(length * epochs))
+        count = math.floor(epochs * share / whole + 1e-9)
+        if not count and share > 0 and whole is not length:
+            count = int(whole < epochs)
+        return cls(epochs - count * whole, count, whole)
 
     def ticket(self, epoch: int) -> int | None:
         """Number of the ticket, from 1, that an epoch completes; 0: the end of pre-training."""
@@ -82,17 +86,11 @@ class SupTicketsOptions(MenuOptions):
 
     def check(self) -> None:
         """Raise ValueError for fields out of range."""
-        for name, allowed in _CHOICES.items():
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"sup-tickets: {name}={value!r} is not one of {allowed}")
-        for name in ("cyclic_share", "ticket_drop"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"sup-tickets: {name}={value} is not in [0, 1]; give a share")
-        for name in ("ticket_low_lr", "ticket_high_lr"):
-            if not (value := getattr(self, name)) >= 0:
-                raise ValueError(f"sup-tickets: {name}={value} is not 0 or more")
-        if not self.ticket_cycle > 0:
-            raise ValueError(f"sup-tickets: ticket_cycle={self.ticket_cycle} is not positive")
+        name, rates = "sup-tickets", ("ticket_low_lr", "ticket_high_lr")
+        check_choices(name, self, _CHOICES)
+        check_range(name, self, "[0, 1]", ("cyclic_share", "ticket_drop"), "give a share")
+        check_range(name, self, "[0, inf)", rates, "0.001 and 0.005 are the paper's")
+        check_range(name, self, "(0, inf)", ["ticket_cycle"], "give epochs or a share")
 
     def base_method(self) -> tuple[type[Separate], Any]:
         """The class of the base and its options: `base_options`, and fields that it has too."""
@@ -104,10 +102,27 @@ class SupTicketsOptions(MenuOptions):
             fit = [n for n, m in kinds.items() if m.Options is not SupTicketsOptions]
             raise ValueError(f"sup-tickets: base={self.base!r} is not one of {', '.join(fit)}")
         known = [f.name for f in dataclasses.fields(kind.Options)]
-        if unknown := sorted(set(self.base_options) - set(known)):
-            raise ValueError(
-                f"sup-tickets: base_options has {unknown[0]!r}, which {self.base} does not know; "
-                f"its fields are {', '.join(known)}"
-            )
+        self._check_base_options([name for name in known if name not in MENU_FIELDS], kind)
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in known}
         return kind, kind.Options(**{**own, **self.base_options})
+
+    def _check_base_options(self, known: list[str], kind: type[Separate]) -> None:
+        types = get_type_hints(kind.Options)
+        for name, value in self.base_options.items():
+            if name in MENU_FIELDS:
+                raise ValueError(
+                    f"sup-tickets: base_options has {name!r}, but the base trains the networks of "
+                    f"this method; give {name} outside of base_options"
+                )
+            if name not in known:
+                raise ValueError(
+                    f"sup-tickets: base_options has {name!r}, which {self.base} does not know; "
+                    f"its fields are {', '.join(known)}"
+                )
+            wanted = (int, float) if types[name] is float else types[name]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                raise ValueError(
+                    f"sup-tickets: base_options has {name}={value!r}, a {type(value).__name__}, "
+                    f"but the field is a {types[name].__name__}; write JSON without quotes around "
+                    'numbers, as in {"drop": 0.3}'
+                )
