@@ -185,9 +185,8 @@ def apply_preset(fields: dict[str, Any], name: str, given: dict[str, Any]) -> No
     method = given.get("method", fields.get("method", "cocktail"))
     presets = METHODS[method].PRESETS if method in METHODS else {}
     if name not in presets:
-        raise ValueError(
-            f"train: method {method} has no preset {name!r}; there are: {', '.join(presets)}"
-        )
+        having = ", ".join(n for n, kind in METHODS.items() if name in kind.PRESETS)
+        raise ValueError(f"train: --paper and --parity are for method {having}, not {method}")
     if both := sorted(set(given) & set(presets[name])):
         field = both[0]
         raise ValueError(
@@ -211,13 +210,24 @@ def split_fields(fields: dict[str, Any]) -> tuple[Config, Any]:
     for kind in kinds:
         types = typing.get_type_hints(kind)
         made.append({n: convert_field(n, v, types[n]) for n, v in fields.items() if n in types})
-    known = [f.name for kind in kinds for f in dataclasses.fields(kind)]
     for name in fields:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near else f"; known fields: {', '.join(known)}"
-            raise ValueError(f"config: field {name!r} is unknown{hint}")
+        if name not in made[0] and name not in made[1]:
+            raise ValueError(_unknown(name, method))
     return Config(**made[0]), kinds[1](**made[1])
+
+
+def _unknown(name: str, method: str) -> str:
+    """What to say of a field that a method does not take."""
+    own = [f.name for f in dataclasses.fields(METHODS[method].Options)]
+    whose = [m for m, kind in METHODS.items() if name in _names(kind.Options)]
+    if whose:
+        hint = f"{name} is a field of {', '.join(whose)}, not of {method}"
+    else:
+        near = difflib.get_close_matches(name, [*_names(Config), *own], 1)
+        if near:
+            return f"config: field {name!r} is unknown; did you mean {near[0]}?"
+        hint = f"field {name!r} is unknown; 'sparse-cocktail train --help' shows all"
+    return f"config: {hint}; fields of {method}: {', '.join(own)}"
 
 
 def _parsed(name: str, text: str) -> Any:
@@ -228,8 +238,13 @@ def _parsed(name: str, text: str) -> Any:
 
 
 def convert_field(name: str, value: Any, kind: type) -> Any:
-    """A YAML value or a command-line string as the type of its field."""
+    """A YAML value or a command-line string as the type of its field.
+
+    A list of str is as good as a text with commas.
+    """
     given = value
+    if kind is str and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return ",".join(value)
     if isinstance(value, str) and kind is not str:
         value = _parsed(name, value)
     if kind is float and isinstance(value, str):
@@ -240,6 +255,8 @@ def convert_field(name: str, value: Any, kind: type) -> Any:
         return value  # an int stays one: lengths count epochs as int, shares as float
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         example = """, written as JSON: '{"2:4": 1}'""" if kind is dict else ""
+        if kind is str:  # YAML reads 2:4 as a number, in base 60
+            example = "; quote texts in YAML, as in '2:4'"
         raise ValueError(
             f"config: {name}={given!r} is a {type(value).__name__}, but the field is a "
             f"{kind.__name__}{example}"

@@ -194,8 +194,11 @@ def test_networks_of_separate_weights(monkeypatch, capsys, tmp_path):
     code, output, _ = call(monkeypatch, capsys, "export", run, "2:4", "--out", out)
     assert code == 0 and load_file(out)
     dense = [str(run / row["weights"]) for row in rows[:2]]
+    sparse = run / rows[3]["weights"]
     for arguments, message in (
         (("export", run, "dense", "--out", out), "has 2 networks dense; give the file of one: "),
+        (("export", sparse, "dense", "--out", out), "holds no dense network of its own"),
+        (("eval", sparse, "--subnet", "dense"), "weights serve 2:4 alone; name one of these"),
         (("eval", run, "--subnet", "dense"), ", ".join(dense)),
         (("export", run, "1:4", "--out", out), "has no network 1:4; there are dense, unstr"),
         (("export", run, "--max-bytes", "9999", "--out", out), "holds 4 networks of separate"),

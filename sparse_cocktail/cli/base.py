@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,12 @@ def changed_fields(op: str, given: list[str] | None) -> dict[str, Any]:
 
 @contextmanager
 def runs_shown() -> Iterator[Callable[[int, int, str], None]]:
-    """A bar of many runs; gives what they tell, as `runs.Tell`, when one has ended."""
+    """A bar of many runs; gives what they tell, as `runs.Tell`, when one has ended.
+
+    Raises Interrupted, which says how to go on, where Ctrl-C or SIGTERM comes inside.
+    """
+    from ..stopping import Interrupted
+
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -43,10 +49,23 @@ def runs_shown() -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=console,
     )
-    with bar:
-        task = bar.add_task("first runs", total=None, visible=False)
+    try:
+        with bar:
+            yield _teller(bar)
+    except (KeyboardInterrupt, SystemExit) as stop:  # SIGTERM comes as SystemExit, 128 + 15
+        number = stop.code - 128 if isinstance(stop, SystemExit) else signal.SIGINT
+        raise Interrupted(
+            "stopped: finished runs are kept, others have their checkpoints; the same command "
+            "goes on",
+            number,
+        ) from stop
 
-        def tell(done: int, total: int, what: str) -> None:
-            bar.update(task, completed=done, total=total, description=f"done: {what}", visible=True)
 
-        yield tell
+def _teller(bar: Progress) -> Callable[[int, int, str], None]:
+    """What moves the bar when a run has ended."""
+    task = bar.add_task("first runs", total=None, visible=False)
+
+    def tell(done: int, total: int, what: str) -> None:
+        bar.update(task, completed=done, total=total, description=f"done: {what}", visible=True)
+
+    return tell

@@ -28,7 +28,8 @@ def compare(
     ] = "",
     seeds: Annotated[int, typer.Option(help="seeds 1 to this number", min=1)] = 3,
     stages: Annotated[
-        int | None, typer.Option(help="rungs of every ladder (default: the recipe's)", min=1)
+        int | None,
+        typer.Option(help="rungs of every ladder; N:M has three (default: the recipe's)", min=1),
     ] = None,
     budget: Annotated[
         float | None,

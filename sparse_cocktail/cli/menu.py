@@ -14,6 +14,15 @@ from .base import app, console
 from .loading import FileArgument, ModelOption, data_of, files_of, load_cocktail
 
 
+def _check_trained(cocktail, name: str, file: Path) -> None:
+    """Refuse a dense network that nobody trained: its weights only serve the others."""
+    if cocktail.subnet(name).name not in _shown(cocktail):
+        raise ValueError(
+            f"{file} holds no dense network of its own: its weights serve "
+            f"{', '.join(_shown(cocktail)[:3])} alone; name one of these"
+        )
+
+
 def _shown(cocktail) -> list[str]:
     """The subnets of a file, less a dense network that is not a product of what was measured."""
     measured = [n for n, s in cocktail.subnets.items() if s.accuracy is not None]
@@ -48,6 +57,8 @@ def evaluate(
         sizes = {row["name"]: row for row in cocktail.summary()}
         wanted = subnet if subnet and len(files) == 1 else _shown(cocktail)
         names = [cocktail.subnet(name).name for name in wanted]
+        for name in names:
+            _check_trained(cocktail, name, path)
         for name in names:
             cocktail.activate(name)
             cocktail.model.eval()
@@ -98,6 +109,7 @@ def export(
         by_size = max_flops is None and max_ms is None
         example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))
         subnet = cocktail.pick(**limits, example_input=example).name
+    _check_trained(cocktail, subnet, file)
     network = cocktail.export(subnet, plain=True)
     if out.suffix == ".safetensors":
         facts = {"factory": getattr(network, "factory", None), "subnet": subnet}

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import typing
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,22 +57,27 @@ def _train(
 @app.command()
 def resume(
     run: Annotated[Path, typer.Argument(help="folder of the interrupted run")],
-    plots: Annotated[bool, typer.Option(help="pictures and a web page at the end")] = True,
+    plots: Annotated[
+        bool | None,
+        typer.Option(help="pictures and a web page (default: unless the run is finished already)"),
+    ] = None,
 ) -> None:
     """Go on with an interrupted run from its last checkpoint, bit for bit."""
     from ..files import read_json
 
     if not (run / "config.json").is_file():
         raise ValueError(f"resume: {run} holds no run; give the folder that train was writing to")
-    _run(read_json(run / "config.json"), run, True, False, plots)
+    if (run / "results.json").is_file():
+        console.print(f"{run} is finished already", soft_wrap=True)
+        _show(read_json(run / "results.json"), run, bool(plots))
+        return
+    _run(read_json(run / "config.json"), run, True, False, plots is not False)
 
 
 def _run(fields: dict[str, Any], out: Path, resume: bool, overwrite: bool, plots: bool) -> None:
     """Train with complete fields; rank 0 draws and prints what came out."""
     from ..distributed import process_group
     from ..engine import Interrupted, train
-    from ..page import write_page
-    from ..plots import plot_run, results_table
 
     model, data = fields.pop("model", "resnet8"), fields.pop("data", "digits")
     request = {"resume": resume, "overwrite": overwrite, "console": console}
@@ -82,15 +88,23 @@ def _run(fields: dict[str, Any], out: Path, resume: bool, overwrite: bool, plots
             if rank == 0:
                 raise
             raise SystemExit(128 + stop.number) from stop  # rank 0 says it
-    if rank != 0:
-        return
+    if rank == 0:
+        _show(results, out, plots)
+
+
+def _show(results: dict[str, Any], out: Path, plots: bool) -> None:
+    """Print the table of a finished run and where its files are; draw if asked."""
+    from ..page import write_page
+    from ..plots import plot_run, results_table
+
     pictures = [*plot_run(out), write_page(out)] if plots else []
     console.print(results_table(results))
     seconds = results["seconds"]
     separate = not (out / "cocktail.safetensors").exists()
     weights = out / ("networks" if separate else "cocktail.safetensors")
+    networks = len(results["subnets"])
     console.print(
-        f"{len(results['subnets'])} networks in {seconds['total']:.0f} s (mask steps "
+        f"{networks} network{'s' * (networks != 1)} in {seconds['total']:.0f} s (mask steps "
         f"{seconds.get('mask', 0.0):.2f} s): "
         + ", ".join(map(str, [out / "results.json", weights, *pictures]))
     )
@@ -99,18 +113,51 @@ def _run(fields: dict[str, Any], out: Path, resume: bool, overwrite: bool, plots
 _METAVAR = {"bool": "true|false", "dict": "JSON", "int": "INT", "float": "NUMBER", "str": "TEXT"}
 
 
-def _field_help(field: dataclasses.Field) -> str:
-    """The field's own words, and its default outside of a recipe."""
+def _default(field: dataclasses.Field) -> str:
+    """The field's default outside of a recipe, as one writes it."""
     default = field.default
     if default is dataclasses.MISSING:
         default = json.dumps(field.default_factory())
-    shown = f"{default:.4g}" if isinstance(default, float) else str(default).lower()
-    return field.metadata.get("help", "") + (f" (default {shown})" if shown else "")
+    return f"{default:.4g}" if isinstance(default, float) else str(default).lower()
+
+
+def _field_help(takers: dict[str, dataclasses.Field], methods: list[str]) -> str:
+    """A field's words and default, after the methods that take it where they are several.
+
+    Words and default are those of most of them; defaults of others follow by name.
+    """
+    says = Counter(field.metadata.get("help", "") for field in takers.values())
+    defaults = {name: _default(field) for name, field in takers.items()}
+    usual = Counter(defaults.values()).most_common(1)[0][0]
+    facts = [f"default {usual}"] if usual else []
+    facts += [f"{name} {value}" for name, value in defaults.items() if value != usual]
+    if len(takers) > 1:
+        others = [name for name in methods if name not in takers]
+        but = f"all methods but {', '.join(others)}" if others else "all methods"
+        facts.insert(0, ", ".join(takers) if len(takers) < len(others) + 2 else but)
+    return says.most_common(1)[0][0] + (f" ({'; '.join(facts)})" if facts else "")
+
+
+def _recipe_fields() -> list[tuple[str, dict[str, dataclasses.Field]]]:
+    """Every recipe field once: its panel of the help, and the field by the methods that take it.
+
+    Those of the engine come first, then those of several methods, then each method's own.
+    """
+    from ..config import Config
+    from ..methods import METHODS
+
+    found: dict[str, dict[str, dataclasses.Field]] = {}
+    for method, kind in METHODS.items():
+        for field in dataclasses.fields(kind.Options):
+            found.setdefault(field.name, {})[method] = field
+    engine = [("Recipe", {"": field}) for field in dataclasses.fields(Config)]
+    shared = [("Several methods", takers) for takers in found.values() if len(takers) > 1]
+    own = [(f"Method {next(iter(t))}", t) for t in found.values() if len(t) == 1]
+    return engine + shared + own
 
 
 def _with_recipe_options(function: typing.Callable) -> typing.Callable:
     """Give `train` one option per recipe field, from the fields' own documentation."""
-    from ..config import Config
     from ..methods import METHODS
 
     parameters = [
@@ -118,28 +165,23 @@ def _with_recipe_options(function: typing.Callable) -> typing.Callable:
         for p in inspect.signature(function, eval_str=True).parameters.values()
         if p.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    taken = {p.name for p in parameters}
-    groups = [("Recipe", Config), *((f"Method {n}", m.Options) for n, m in METHODS.items())]
-    for panel, kind in groups:
-        for field in dataclasses.fields(kind):
-            if field.name in taken:
-                continue
-            taken.add(field.name)
-            option = typer.Option(
-                f"--{field.name.replace('_', '-')}",
-                help=_field_help(field),
-                rich_help_panel=panel,
-                show_default=False,
-                metavar=_METAVAR.get(str(field.type), str(field.type).upper()),
+    for panel, takers in _recipe_fields():
+        field = next(iter(takers.values()))
+        option = typer.Option(
+            f"--{field.name.replace('_', '-')}",
+            help=_field_help(takers, list(METHODS)),
+            rich_help_panel=panel,
+            show_default=False,
+            metavar=_METAVAR.get(str(field.type), str(field.type).upper()),
+        )
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[str | None, option],
             )
-            parameters.append(
-                inspect.Parameter(
-                    field.name,
-                    inspect.Parameter.KEYWORD_ONLY,
-                    default=None,
-                    annotation=Annotated[str | None, option],
-                )
-            )
+        )
     function.__signature__ = inspect.Signature(parameters)
     function.__annotations__ = {p.name: p.annotation for p in parameters}
     return function

@@ -141,6 +141,13 @@ class Context:
     doing: str = "train"
     say: Callable[[str], None] = lambda text: None  # one line for the user
     progress: Callable[[str, int, int], None] = lambda what, done, total: None  # of long work
+    _said: set[str] = field(default_factory=set, repr=False)
+
+    def say_once(self, text: str) -> None:
+        """`say`, unless it was said before."""
+        if text not in self._said:
+            self._said.add(text)
+            self.say(text)
 
     @property
     def model(self) -> nn.Module:

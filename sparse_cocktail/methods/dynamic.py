@@ -110,6 +110,9 @@ class RigL(SET):
     back).
     """
 
+    class Options(DynamicOptions):
+        """Recipe fields of RigL: those of SET."""
+
     NAME = "rigl"
     RANDOM = False
 

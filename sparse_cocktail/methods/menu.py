@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from ..patterns import Block, Channel, Pattern, Unstructured, parse
+from ..patterns import NM, Block, Channel, Pattern, Unstructured, parse
 from ..schedules import cosine, decay_at, geometric_density
 from ..selection import eligible
 from .base import Context, check_choices, check_range, option
@@ -16,6 +16,7 @@ __all__ = ["MenuOptions", "ScheduleOptions", "ladder", "layers_to_prune", "repor
 # Share of what is left that a rung removes: Sparse Cocktail's ratios.
 RATES = {"unstructured": 0.2, "channel": 0.1, "block": 0.2}
 NM_RUNGS = ("1:2", "2:4", "4:8")
+_FAMILY_NAMES = {Unstructured: "unstructured", Channel: "channel", NM: "N:M", Block: "block"}
 LR_SCHEDULES = ("cosine", "steps")
 
 
@@ -103,32 +104,42 @@ class MenuOptions(ScheduleOptions):
         """The patterns to train, in order; ValueError for what the method cannot train."""
         if self.stages < 1:
             raise ValueError(
-                f"{self._methods()}: stages={self.stages} is below 1; 10 is Sparse Cocktail's"
+                f"{self._method()}: stages={self.stages} is below 1; 10 is Sparse Cocktail's"
             )
         given = [name.strip() for name in self.patterns.split(",") if name.strip()]
         made = [parse(name) for name in given] or ladder(self.ladder, self.stages)
         names = [str(pattern) for pattern in made]
         if len(set(names)) < len(names) or "dense" in names:
             raise ValueError(
-                f"{self._methods()}: patterns={names} has dense or a name twice (four decimals); "
+                f"{self._method()}: patterns={names} has dense or a name twice (four decimals); "
                 "name each once, without dense, or use fewer stages"
             )
         kinds = self.FAMILIES
         for pattern in made:
             if kinds is not None and not isinstance(pattern, kinds):
-                known = ", ".join(kind.__name__ for kind in kinds)
+                takes = " and ".join(_FAMILY_NAMES[kind] for kind in kinds)
+                example = kinds[0](0.9)
+                others = ", ".join(_methods_for(type(pattern)))
                 raise ValueError(
-                    f"{self._methods()}: {pattern} cannot be trained, but patterns of {known}; "
-                    "choose others, or another method"
+                    f"{self._method()}: {pattern} cannot be trained; it takes {takes} patterns, "
+                    f"such as {example}. {_FAMILY_NAMES[type(pattern)]} patterns: {others}"
                 )
         return made
 
-    def _methods(self) -> str:
-        """Names of the methods whose fields these are, for messages."""
+    def _method(self) -> str:
+        """Name of the method whose fields these are, for messages."""
         from . import METHODS  # whose modules import this one
 
         found = [name for name, method in METHODS.items() if method.Options is type(self)]
         return "/".join(found) or type(self).__name__
+
+
+def _methods_for(kind: type[Pattern]) -> list[str]:
+    """Methods whose menus take patterns of a family."""
+    from . import METHODS  # whose modules import this one
+
+    menus = {n: m.Options for n, m in METHODS.items() if issubclass(m.Options, MenuOptions)}
+    return [n for n, menu in menus.items() if menu.FAMILIES is None or kind in menu.FAMILIES]
 
 
 def layers_to_prune(ctx: Context, pattern: Pattern) -> list[int]:
@@ -152,6 +163,9 @@ def layers_to_prune(ctx: Context, pattern: Pattern) -> list[int]:
         )
     for name, reason in left.values():
         ctx.log("left_dense", pattern=str(pattern), layer=name, reason=reason)
+    if left and not isinstance(pattern, Channel):
+        shown = "; ".join(f"{name} ({reason})" for name, reason in left.values())
+        ctx.say_once(f"{pattern.kind} networks leave dense what does not fit: {shown}")
     return [index for index in range(len(cocktail.layers)) if index not in left]
 
 
