@@ -1,8 +1,10 @@
 """The command line as a user meets it, in a subprocess or through `main`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from safetensors.torch import load_file
 
 from sparse_cocktail import cli, models
 from sparse_cocktail import data as data_sets
-from sparse_cocktail.cli.base import console
+from sparse_cocktail.cli.base import console, runs_shown
+from sparse_cocktail.methods import METHODS
+from sparse_cocktail.stopping import Interrupted
 
 QUICK = ["--recipe", "digits", "--epochs", "1", "--stages", "2", "--search-samples", "0"]
 
@@ -104,6 +108,12 @@ def test_paper_mode_and_help(monkeypatch, capsys, tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["consolidate"] == 0
     code, output, _ = call(monkeypatch, capsys, "train", "--help")
     assert code == 0 and "--weight-decay" in output and "--consolidate" in output
+    words = " ".join(output.replace("│", " ").split())
+    assert "(ast, set, rigl, granet, gmp; default 0.02; ast 0.016)" in words
+    assert "(all methods but cocktail; default cosine; sup-tickets steps)" in words
+    for method, kind in METHODS.items():
+        for field in dataclasses.fields(kind.Options):
+            assert words.count(f"--{field.name.replace('_', '-')} ") == 1, (method, field.name)
 
 
 def test_names_need_no_four_decimals(finished, monkeypatch, capsys):
@@ -129,6 +139,25 @@ def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
     assert json.loads((folder / "results.json").read_text())["subnets"] == before
 
 
+def test_resume_of_a_finished_run_shows_it(finished, monkeypatch, capsys):
+    folder, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    code, output, errors = call(monkeypatch, capsys, "resume", folder)
+    assert code == 0 and output.startswith(f"{folder} is finished already\n"), errors
+    assert "unstructured-0.3600" in output and " networks in " in output
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["int", "term"]
+)
+def test_many_runs_that_are_stopped_say_how_to_go_on(raised, code):
+    message = "runs are kept; the same command goes on"
+    with pytest.raises(Interrupted, match=message) as stop, runs_shown():
+        raise raised
+    assert 128 + stop.value.number == code
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -147,6 +176,15 @@ def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
             "--paper means consolidate=0.0",
         ),
         (["train", "--paper", "--parity", "--out", "{}"], "two procedures; give one of them"),
+        (
+            ["train", "--method", "rigl", "--paper", "--out", "{}"],
+            "--paper and --parity are for method cocktail, not rigl",
+        ),
+        (
+            ["train", "--method", "spartan", "--patterns", "2:4", "--out", "{}"],
+            "takes unstructured, channel and block patterns, such as unstructured-0.9. Methods for "
+            "N:M: ast, acdc, gmp",
+        ),
         (["resume", "{}"], "holds no run; give the folder that train was writing to"),
         (["train", "--recipe", "[log]x", "--out", "{}"], "recipe '[log]x' is neither"),
         (["train", "--nm", "{bad", "--out", "{}/x"], "nm='{bad' is no valid value"),
@@ -193,14 +231,27 @@ def test_networks_of_separate_weights(monkeypatch, capsys, tmp_path):
     out = tmp_path / "net.safetensors"
     code, output, _ = call(monkeypatch, capsys, "export", run, "2:4", "--out", out)
     assert code == 0 and load_file(out)
-    dense = [str(run / row["weights"]) for row in rows[:2]]
+    dense = [Path(row["weights"]).stem for row in rows[:2]]
+    assert dense == ["dense-unstructured-0.5000", "dense-2:4"]
+    network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10}).eval()
+    test = data_sets.load("digits").test
+    for stem, row in zip(dense, rows[:2], strict=True):
+        code, output, error = call(monkeypatch, capsys, "eval", run, "--subnet", stem)
+        assert code == 0 and f"{row['accuracy']:.2f}" in output, error
+        assert call(monkeypatch, capsys, "export", run, stem, "--out", out)[0] == 0
+        network.load_state_dict(load_file(out))
+        assert accuracy(network, test) == pytest.approx(row["accuracy"], abs=1e-3)
     sparse = run / rows[3]["weights"]
     for arguments, message in (
-        (("export", run, "dense", "--out", out), "has 2 networks dense; give the file of one: "),
+        (("export", run, "dense", "--out", out), "has 2 networks dense; name the file of one: "),
         (("export", sparse, "dense", "--out", out), "holds no dense network of its own"),
         (("eval", sparse, "--subnet", "dense"), "weights serve 2:4 alone; name one of these"),
         (("eval", run, "--subnet", "dense"), ", ".join(dense)),
-        (("export", run, "1:4", "--out", out), "has no network 1:4; there are dense, unstr"),
+        (
+            ("export", run, "1:4", "--out", out),
+            "has no network 1:4; name one of dense, dense-unstr",
+        ),
+        (("eval", run, "--subnet", "best"), "has no network best; name one of dense, dense-uns"),
         (("export", run, "--max-bytes", "9999", "--out", out), "holds 4 networks of separate"),
     ):
         code, _, error = call(monkeypatch, capsys, *arguments)
@@ -215,9 +266,10 @@ def test_averages_are_found_by_the_names_of_their_tickets(monkeypatch, capsys, t
     assert call(monkeypatch, capsys, "train", *arguments, "--out", run)[0] == 0
     for row in json.loads((run / "results.json").read_text())["subnets"]:
         assert row["weights"] == f"networks/average-{row['name']}.safetensors"
-        code, output, error = call(monkeypatch, capsys, "eval", run, "--subnet", row["name"])
-        assert code == 0, error
-        (line,) = [line for line in output.splitlines() if row["name"] in line]
-        assert f"{row['accuracy']:.2f}" in line
-        code, _, error = call(monkeypatch, capsys, "export", run, row["name"], "--out", out)
-        assert code == 0 and load_file(out), error
+        for name in (row["name"], f"average-{row['name']}"):
+            code, output, error = call(monkeypatch, capsys, "eval", run, "--subnet", name)
+            assert code == 0, error
+            (line,) = [line for line in output.splitlines() if row["name"] in line]
+            assert f"{row['accuracy']:.2f}" in line
+            code, _, error = call(monkeypatch, capsys, "export", run, name, "--out", out)
+            assert code == 0 and load_file(out), error

@@ -35,6 +35,13 @@ def test_every_recipe_is_valid():
         ({"optimizer": "adamw", "nesterov": True}, r"nesterov=True belongs to optimizer=sgd"),
         ({"mixup": -0.1}, r"mixup=-0.1 is negative"),
         ({"mask_only": "(encoder"}, r"mask_only='\(encoder' is no regular expression"),
+        (
+            {"sharpness": 3, "method": "rigl"},
+            r"sharpness is a field of spartan, not of rigl; fields of rigl: .*end, allocation$",
+        ),
+        ({"zzz": 3}, r"field 'zzz' is unknown; .*--help' shows all; fields of cocktail: stages, "),
+        ({"method": "gmp", "patterns": 124}, r"patterns=124 is a int, .* is a str; quote .*'2:4'"),
+        ({"method": "gmp", "patterns": ["2:4", 1]}, r"patterns=\['2:4', 1\] is a list"),
         ({"nesterov": 1}, r"nesterov=1 is a int, but the field is a bool"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
@@ -51,6 +58,15 @@ def test_fields_from_strings():
     assert (config.epochs, config.lr, config.compile) == (3, 0.01, True)
     assert options.first_cycle == 4 and isinstance(options.first_cycle, int)
     assert options.nm == {"2:4": 1}
+
+
+def test_texts_with_commas_from_lists(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("method: gmp\npatterns: ['2:4', unstructured-0.9]")
+    for fields in (read_recipe(path), {"method": "gmp", "patterns": ("2:4", "unstructured-0.9")}):
+        _, options = split_fields(fields)
+        assert options.patterns == "2:4,unstructured-0.9"
+        assert [str(pattern) for pattern in options.menu()] == ["2:4", "unstructured-0.9000"]
 
 
 @pytest.mark.parametrize("recipe", ["nothing", "missing.yaml"])

@@ -61,8 +61,15 @@ def test_schedules_up_to_their_limits():
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("rigl", {"patterns": "2:4"}, "^set/rigl: 2:4 cannot be trained, but patterns of Unstr"),
-        ("mutualnet", {"ladder": "n:m"}, "^mutualnet: 1:2 cannot be .* of Channel; choose others"),
+        (
+            "rigl",
+            {"patterns": "2:4"},
+            "^rigl: 2:4 cannot be trained; the method takes unstructured patterns, such as "
+            r"unstructured-0.9. Methods for N:M: ast, acdc, gmp$",
+        ),
+        ("set", {"patterns": "block-4x4-0.5"}, "^set: .* Methods for block: spartan, acdc, gmp$"),
+        ("mutualnet", {"ladder": "n:m"}, "^mutualnet: 1:2 .* channel patterns, such as channel-0."),
+        ("ast", {"patterns": "channel-0.5"}, "^ast: .* takes unstructured and N:M patterns, "),
         ("ast", {"stages": 0}, "^ast: stages=0 is below 1; 10 is"),
         ("acdc", {"patterns": "2:4,2:4"}, "^acdc: .*2:4.* a name twice .*; name each once"),
         ("gmp", {"patterns": "dense"}, "^gmp: .*has dense.*without dense"),

@@ -379,7 +379,7 @@ def test_resume_is_bit_exact(method, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("rigl", {"patterns": "2:4"}, r"2:4 cannot be trained, but patterns of Unstructured"),
+        ("rigl", {"patterns": "2:4"}, r"2:4 cannot be trained; the method takes unstruct"),
         ("set", {"patterns": "channel-0.5"}, r"channel-0.5000 cannot be trained"),
         ("granet", {"patterns": "block-4x4-0.5"}, r"block-4x4-0.5000 cannot be trained"),
         (

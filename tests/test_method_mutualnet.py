@@ -249,7 +249,7 @@ def test_a_run_costs_what_it_says(tmp_path, fields, passes):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"patterns": "2:4"}, r"2:4 cannot be trained, but patterns of Channel"),
+        ({"patterns": "2:4"}, r"2:4 cannot be trained; the method takes channel"),
         ({"ladder": "unstructured"}, r"unstructured-0.2000 cannot be trained"),
         ({"grid": -1}, r"mutualnet: grid=-1 is not 0 or more"),
         ({"random_widths": -1}, r"mutualnet: random_widths=-1 is not 0 or more"),

@@ -21,10 +21,10 @@ def main() -> None:
         app()
     except known as error:
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
-        errors = Console(stderr=True)
+        errors = Console(stderr=True, emoji=False)
         errors.print("error: ", style="bold red", end="")
         errors.print(str(text), highlight=False, markup=False, soft_wrap=True)
         raise SystemExit(2) from error
     except Interrupted as stop:
-        Console(stderr=True).print(str(stop), highlight=False, markup=False)
+        Console(stderr=True, emoji=False).print(str(stop), highlight=False, markup=False)
         raise SystemExit(128 + stop.number) from stop

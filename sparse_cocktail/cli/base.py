@@ -20,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(emoji=False)  # "N:M: ..." is no emoji
 
 
 def changed_fields(op: str, given: list[str] | None) -> dict[str, Any]:
@@ -55,9 +55,7 @@ def runs_shown() -> Iterator[Callable[[int, int, str], None]]:
     except (KeyboardInterrupt, SystemExit) as stop:  # SIGTERM comes as SystemExit, 128 + 15
         number = stop.code - 128 if isinstance(stop, SystemExit) else signal.SIGINT
         raise Interrupted(
-            "stopped: finished runs are kept, others have their checkpoints; the same command "
-            "goes on",
-            number,
+            "stopped: finished runs are kept; the same command goes on with the others", number
         ) from stop
 
 

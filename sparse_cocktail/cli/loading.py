@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["FileArgument", "ModelOption", "data_of", "files_of", "load_cocktail"]
+__all__ = [
+    "FileArgument",
+    "ModelOption",
+    "data_of",
+    "files_of",
+    "load_cocktail",
+    "network_of",
+]
 
 FileArgument = Annotated[Path, typer.Argument(help="cocktail.safetensors, or the folder of a run")]
 
@@ -16,51 +24,67 @@ ModelOption = Annotated[
 ]
 
 
-def files_of(path: Path, subnet: str = "") -> list[Path]:
-    """The cocktail of a file or run; a run of separate networks has one for each, or a subnet's.
-
-    Raises ValueError for a run that is not finished, and a name of none or of several networks.
-    """
+def _networks(path: Path) -> list[tuple[str, Path]]:
+    """Separate networks of a finished run: name and file; ValueError for a run without any."""
     from ..files import read_json
-    from ..patterns import parse
 
-    if not path.is_dir():
-        return [path]
-    if (path / "cocktail.safetensors").is_file():
-        return [path / "cocktail.safetensors"]
     results = path / "results.json"
     rows = read_json(results)["subnets"] if results.is_file() else []
-    files: dict[str, list[Path]] = {}
-    for row in rows:
-        if row["weights"]:
-            files.setdefault(row["name"], []).append(path / row["weights"])
-    if not files:
-        raise ValueError(
-            f"{path} holds no finished run; for an interrupted one: sparse-cocktail resume {path}"
-        )
-    if not subnet:
-        return sorted({file for some in files.values() for file in some})
-    name = str(parse(subnet))
-    if name not in files:
-        raise ValueError(
-            f"{path} has no network {name}; there are {', '.join(files)}: name one, or give its "
-            "file"
-        )
-    if len(files[name]) > 1:
-        raise ValueError(
-            f"{path} has {len(files[name])} networks {name}; give the file of one: "
-            f"{', '.join(map(str, files[name]))}"
-        )
-    return files[name]
+    if found := [(row["name"], path / row["weights"]) for row in rows if row["weights"]]:
+        return found
+    raise ValueError(
+        f"{path} holds no finished run; for an interrupted one: sparse-cocktail resume {path}"
+    )
 
 
-def load_cocktail(path: Path, model: str = "", subnet: str = ""):
+def files_of(path: Path) -> list[Path]:
+    """The cocktail of a file or run; a run of separate networks has one for each.
+
+    Raises ValueError for a run that is not finished.
+    """
+    if not path.is_dir():
+        return [path]
+    whole = path / "cocktail.safetensors"
+    return [whole] if whole.is_file() else sorted({file for _, file in _networks(path)})
+
+
+def network_of(path: Path, subnet: str) -> tuple[Path, str]:
+    """The file that a subnet of a file or run is in, and its name there.
+
+    Args:
+        path: as of `files_of`.
+        subnet: its name, canonical or not, or that of its file in a run of separate networks.
+
+    Raises:
+        ValueError: for a run that is not finished, and a name of none or of several networks.
+    """
+    from ..patterns import parse
+
+    if not path.is_dir() or (path / "cocktail.safetensors").is_file():
+        return files_of(path)[0], subnet
+    networks, name = _networks(path), subnet
+    with suppress(ValueError):
+        name = str(parse(subnet))
+    found = [(file, own) for own, file in networks if own == name]
+    found = found or [(file, own) for own, file in networks if file.stem == subnet]
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} has {len(found)} networks {name}; name the file of one: "
+            f"{', '.join(file.stem for file, _ in found)}"
+        )
+    if not found:
+        names = dict.fromkeys(name for own, file in networks for name in (own, file.stem))
+        raise ValueError(f"{path} has no network {name}; name one of {', '.join(names)}")
+    return found[0]
+
+
+def load_cocktail(path: Path, model: str = ""):
     """One cocktail of a file or run; your own model is built as the run built it."""
     from .. import models
     from ..cocktail import Cocktail
     from ..cocktail_file import read_cocktail
 
-    path, *others = files_of(path, subnet)
+    path, *others = files_of(path)
     if others:
         raise ValueError(
             f"{path.parent.parent} holds {1 + len(others)} networks of separate weights, such as "

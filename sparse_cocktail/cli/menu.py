@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from .base import app, console
-from .loading import FileArgument, ModelOption, data_of, files_of, load_cocktail
+from .loading import FileArgument, ModelOption, data_of, files_of, load_cocktail, network_of
 
 
 def _check_trained(cocktail, name: str, file: Path) -> None:
@@ -49,14 +49,15 @@ def evaluate(
         raise ValueError(f"eval: split={split!r} is not one of train, holdout, test")
     table = Table("subnet", "sparsity", "accuracy", "parameters", title=f"{file} on {split}")
     data_set = None
-    files = list(dict.fromkeys(f for name in subnet or [""] for f in files_of(file, name)))
-    for path in files:
+    wanted: dict[Path, list[str]] = {} if subnet else {path: [] for path in files_of(file)}
+    for path, name in (network_of(file, name) for name in subnet or []):
+        wanted.setdefault(path, []).append(name)
+    for path in wanted:
         cocktail = load_cocktail(path, model)
         data_set = data_set or data_of(cocktail, data, data_dir)
         samples = getattr(data_set, split)
         sizes = {row["name"]: row for row in cocktail.summary()}
-        wanted = subnet if subnet and len(files) == 1 else _shown(cocktail)
-        names = [cocktail.subnet(name).name for name in wanted]
+        names = [cocktail.subnet(name).name for name in wanted[path] or _shown(cocktail)]
         for name in names:
             _check_trained(cocktail, name, path)
         for name in names:
@@ -104,7 +105,10 @@ def export(
             "export: give either the name of a subnet or limits (--max-flops, --max-bytes, "
             "--max-ms)"
         )
-    cocktail = load_cocktail(file, model, subnet)
+    place = file
+    if subnet:
+        place, subnet = network_of(file, subnet)
+    cocktail = load_cocktail(place, model)
     if not subnet:
         by_size = max_flops is None and max_ms is None
         example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))

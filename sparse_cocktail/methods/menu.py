@@ -117,12 +117,13 @@ class MenuOptions(ScheduleOptions):
         kinds = self.FAMILIES
         for pattern in made:
             if kinds is not None and not isinstance(pattern, kinds):
-                takes = " and ".join(_FAMILY_NAMES[kind] for kind in kinds)
-                example = kinds[0](0.9)
+                takes = [_FAMILY_NAMES[kind] for kind in kinds]
+                listed = " and ".join(", ".join(takes).rsplit(", ", 1))
                 others = ", ".join(_methods_for(type(pattern)))
                 raise ValueError(
-                    f"{self._method()}: {pattern} cannot be trained; it takes {takes} patterns, "
-                    f"such as {example}. {_FAMILY_NAMES[type(pattern)]} patterns: {others}"
+                    f"{self._method()}: {pattern} cannot be trained; the method takes "
+                    f"{listed} patterns, such as {takes[0]}-0.9. Methods for "
+                    f"{_FAMILY_NAMES[type(pattern)]}: {others}"
                 )
         return made
 
@@ -135,11 +136,12 @@ class MenuOptions(ScheduleOptions):
 
 
 def _methods_for(kind: type[Pattern]) -> list[str]:
-    """Methods whose menus take patterns of a family."""
+    """Methods whose menus take patterns of a family, whatever their other fields are."""
     from . import METHODS  # whose modules import this one
 
     menus = {n: m.Options for n, m in METHODS.items() if issubclass(m.Options, MenuOptions)}
-    return [n for n, menu in menus.items() if menu.FAMILIES is None or kind in menu.FAMILIES]
+    sure = {n: menu for n, menu in menus.items() if not hasattr(menu, "base_method")}
+    return [n for n, menu in sure.items() if menu.FAMILIES is None or kind in menu.FAMILIES]
 
 
 def layers_to_prune(ctx: Context, pattern: Pattern) -> list[int]:
