@@ -186,7 +186,10 @@ def apply_preset(fields: dict[str, Any], name: str, given: dict[str, Any]) -> No
     presets = METHODS[method].PRESETS if method in METHODS else {}
     if name not in presets:
         having = ", ".join(n for n, kind in METHODS.items() if name in kind.PRESETS)
-        raise ValueError(f"train: --paper and --parity are for method {having}, not {method}")
+        raise ValueError(
+            f"train: preset {name!r} is one of "
+            + (f"method {having}, not of {method}" if having else "no method: --paper, --parity")
+        )
     if both := sorted(set(given) & set(presets[name])):
         field = both[0]
         raise ValueError(

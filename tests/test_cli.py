@@ -178,7 +178,7 @@ def test_many_runs_that_are_stopped_say_how_to_go_on(raised, code):
         (["train", "--paper", "--parity", "--out", "{}"], "two procedures; give one of them"),
         (
             ["train", "--method", "rigl", "--paper", "--out", "{}"],
-            "--paper and --parity are for method cocktail, not rigl",
+            "preset 'paper' is one of method cocktail, not of rigl",
         ),
         (
             ["train", "--method", "spartan", "--patterns", "2:4", "--out", "{}"],

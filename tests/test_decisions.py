@@ -287,7 +287,8 @@ def test_paper_takes_the_recipes_lengths_and_switches_consolidation_off():
     [
         ("paper", {"consolidate": "1"}, "--paper means consolidate=0.0, but consolidate=1 was"),
         ("parity", {"silence": "true"}, "--parity means silence=False, but silence=true was"),
-        ("prose", {}, "method cocktail has no preset 'prose'; there are: paper, parity"),
+        ("prose", {}, "preset 'prose' is one of no method: --paper, --parity"),
+        ("paper", {"method": "set"}, "preset 'paper' is one of method cocktail, not of set"),
     ],
 )
 def test_bad_presets(name, given, message):
