@@ -81,6 +81,8 @@ def run(method: str, folder: Path, die_at: int | None = None) -> None:
 
 def killed(folder: Path, *methods: str) -> None:
     """Each method undisturbed, then killed twice and resumed."""
+    import torch._dynamo  # noqa: F401 - which the first optimizer imports: once, not in every fork
+
     for method in methods:
         whole, broken = folder / method / "whole", folder / method / "broken"
         assert in_a_fork(lambda m=method, f=whole: run(m, f)) == 0, method

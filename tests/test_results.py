@@ -89,6 +89,20 @@ def test_the_comparison_is_of_all_entries_on_one_revision():
     assert COMPARED.with_suffix(".md").read_text() == compared_markdown(summary)
 
 
+@pytest.mark.parametrize(
+    "name, quoted",
+    [("3x", "99.1 / 98.9 / 99.1 %"), ("third", "99.3 / 97.7 / 99.2 %")],
+    ids=["3x", "third"],
+)
+def test_the_readme_quotes_other_budgets(name, quoted):
+    file = COMPARED.with_name(f"compare-{name}.json")
+    summary = load(file)
+    assert file.with_suffix(".md").read_text() == compared_markdown(summary)
+    found = {n: v["mean"] for row in summary["rows"] for n, v in row["accuracy"].items()}
+    means = " / ".join(f"{found[n]:.1f}" for n in ("unstructured", "channel", "n:m"))
+    assert f"{means} %" == quoted and quoted in (ROOT / "README.md").read_text()
+
+
 def test_the_comparison_holds_the_recipes_own_runs():
     summary = load(COMPARED)
     (own,) = [row for row in summary["rows"] if row["name"] == "cocktail"]
