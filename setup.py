@@ -89,8 +89,13 @@ def why_no_cuda(cpp_extension) -> str | None:
     nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
     try:
         says = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+        plan = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull]
+        steps = subprocess.run(plan, capture_output=True, text=True).stderr
     except OSError as error:
         return f"nvcc does not start ({error}); set CUDA_HOME"
+    # torch takes nvcc's folder for the toolkit's, but a link or wrapper on PATH lies elsewhere
+    if top := re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE):
+        cpp_extension.CUDA_HOME = os.path.normpath(top[1])
     found = re.search(r"release (\d+)\.(\d+)", says)
     version = (int(found[1]), int(found[2])) if found else (0, 0)
     if version < MIN_NVCC:

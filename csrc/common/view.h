@@ -24,7 +24,7 @@ namespace sparse_cocktail {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;  // == is newer than torch 2.10: equals
 
 // Words that one task should cover at least: 32 K elements outweigh handing a task to a thread.
 constexpr int64_t kGrainWords = 1024;
@@ -133,7 +133,7 @@ inline const uint32_t* words_for(const char* op, const char* name, const Tensor&
                   torch::headeronly::toString(bits.scalar_type()),
                   ", but mask bits are int32; make them with pack_mask");
   const std::vector<int64_t> shape{view.out, view.taps, view.row_words()};
-  STD_TORCH_CHECK(bits.sizes() == Sizes(shape) && bits.is_contiguous(), op, ": ", name,
+  STD_TORCH_CHECK(bits.sizes().equals(Sizes(shape)) && bits.is_contiguous(), op, ": ", name,
                   " has shape ", to_string(bits.sizes()), " and strides ",
                   to_string(bits.strides()), ", but the mask bits of this weight are contiguous (",
                   "out, taps, ceil(in / 32)) = ", to_string(Sizes(shape)),

@@ -41,8 +41,8 @@ void keep_all(const char* op, const Tensors& weights, const Tensors& bits, const
   const auto words = words_of_list(op, "bits", parts, bits);
   std::vector<typename To::Raw*> targets;
   for (size_t i = 0; i < parts.size(); ++i) {
-    STD_TORCH_CHECK(results[i].strides() == weights[i].strides() &&
-                        results[i].sizes() == weights[i].sizes() &&
+    STD_TORCH_CHECK(results[i].strides().equals(weights[i].strides()) &&
+                        results[i].sizes().equals(weights[i].sizes()) &&
                         results[i].scalar_type() == results[0].scalar_type(), op, ": weights[", i,
                     "] has strides ", to_string(weights[i].strides()), ", but its result has ",
                     to_string(results[i].strides()), "; make it with torch.empty_like from a "
