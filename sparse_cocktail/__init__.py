@@ -17,6 +17,7 @@ from .patterns import NM, Block, Channel, Dense, Unstructured, parse  # noqa: E4
 from .premask import premasked  # noqa: E402
 from .pruning import prune_, to_compressed, to_dense  # noqa: E402
 from .recalibrate import recalibrate  # noqa: E402
+from .slimming import load_slim, to_slim  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "Subnet",
     "Unstructured",
     "convert",
+    "load_slim",
     "ops",
     "parse",
     "patterns",
@@ -43,6 +45,7 @@ __all__ = [
     "recalibrate",
     "to_compressed",
     "to_dense",
+    "to_slim",
     "train",
 ]
 

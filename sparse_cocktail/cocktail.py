@@ -24,20 +24,20 @@ from .cocktail_file import (
     unpack_levels,
     write_cocktail,
 )
-from .costs import Costs
 from .modules import masked_layers
 from .ops.dispatch import check_padding
 from .own_norms import OwnNorms, copies, copy_all
-from .patterns import NM, Dense, Pattern, Unstructured, parse
-from .pruning import followers, output_layers, to_compressed, to_dense
+from .patterns import Dense, Pattern, Unstructured, parse
+from .pruning import followers, output_layers
 from .recalibrate import norm_layers
 from .selection import magnitude_masks
+from .serving import Serving
 from .subnet import Subnet
 
 __all__ = ["Cocktail", "Subnet"]
 
 
-class Cocktail(OwnNorms, Costs):
+class Cocktail(OwnNorms, Serving):
     """A model whose weights are shared by a dense network and any number of sparse subnets.
 
     Args:
@@ -181,30 +181,6 @@ class Cocktail(OwnNorms, Costs):
             raise KeyError(f"Cocktail: subnet {name!r} is unknown; there are {list(self.subnets)}")
         return self.subnets[name]
 
-    def pick(
-        self,
-        max_flops: float | None = None,
-        max_bytes: float | None = None,
-        max_ms: float | None = None,
-        example_input: Tensor | None = None,
-    ) -> Subnet:
-        """The most accurate subnet that satisfies every limit given.
-
-        Of equal accuracies the one with fewer flops, then bytes. Subnets without a recorded
-        accuracy come after those with one; among them, the one that keeps most weights.
-
-        Args:
-            max_flops, max_bytes: as in `summary`.
-            max_ms: milliseconds, as `latency` measures them.
-            example_input: a batch of inputs on the model's device; flops and ms need it.
-
-        Raises:
-            ValueError: without any limit, without a needed `example_input`, or when no subnet fits
-                (with the smallest values there are). TypeError: for a limit that is no number.
-        """
-        limits = {"flops": max_flops, "bytes": max_bytes, "ms": max_ms}
-        return self.subnets[self._best(limits, example_input)]
-
     def activate(self, name: str) -> None:
         """Make the model compute as this subnet: masks, silent channels, BatchNorm statistics.
 
@@ -269,21 +245,6 @@ class Cocktail(OwnNorms, Costs):
         return pairs
 
     # ---- export ----------------------------------------------------------------------------------
-
-    def export(self, name: str, plain: bool = False) -> nn.Module:
-        """A copy of the model for inference, in eval mode, without what was pruned.
-
-        Args:
-            name: of a subnet.
-            plain: torch.nn layers alone, the mask baked in as zeros. Otherwise that is so too, but
-                layers of an N:M subnet are `NMLinear` and `NMConv2d`, which hold what is kept.
-        """
-        subnet = self.subnet(name)
-        with self.preserved_statistics():
-            self.activate(name)
-            if isinstance(subnet.pattern, NM) and not plain:
-                return to_compressed(self.model, subnet.pattern).eval()
-            return to_dense(self.model).eval()
 
     # ---- state, for checkpoints ------------------------------------------------------------------
 

@@ -98,7 +98,7 @@ def latency_ms(network: nn.Module, example_input: Tensor) -> float:
 
 
 class Costs:
-    """What a Cocktail says of the cost of its subnets: rows of figures, and latency."""
+    """What a Cocktail says of the cost of its subnets: rows of figures."""
 
     def summary(self, example_input: Tensor | None = None) -> list[dict[str, Any]]:
         """One row per subnet: name, pattern, sparsity, nnz, parameters, bytes, flops, accuracy.
@@ -138,30 +138,6 @@ class Costs:
                 }
             )
         return rows
-
-    def latency(self, name: str, example_input: Tensor) -> float:
-        """Median milliseconds of the exported subnet's forward on `example_input`, as it comes.
-
-        Measured here and now, in eval mode with torch's present threads, the first time it is asked
-        for; then remembered for inputs of this shape, dtype and device. Exports are plain networks
-        with zeros in place, which are no faster by themselves.
-        """
-        x, name = example_input, self.subnet(name).name
-        key = name, x.shape, x.dtype, x.device
-        if key not in self._latencies:
-            self._latencies[key] = latency_ms(self.export(name), x)
-        return self._latencies[key]
-
-    def _best(self, limits: dict[str, Any], example_input: Tensor | None) -> str:
-        """Name of the subnet that `Cocktail.pick` returns."""
-        for what in ("flops", "ms"):
-            if limits[what] is not None and example_input is None:
-                raise ValueError(
-                    f"Cocktail.pick: max_{what}={limits[what]!r} needs example_input, a batch of "
-                    "inputs; give one, or limit max_bytes alone"
-                )
-        rows = self.summary(example_input)
-        return best(rows, limits, lambda name: self.latency(name, example_input))
 
 
 # ---- the best choice -----------------------------------------------------------------------------
