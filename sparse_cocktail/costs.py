@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.benchmark import Timer
 
 from . import ops
 from .modules import output_positions
@@ -88,6 +87,8 @@ def latency_ms(network: nn.Module, example_input: Tensor) -> float:
 
     CUDA work is waited for; the first runs are warm-up.
     """
+    from torch.utils.benchmark import Timer  # with half a second of imports
+
     timer = Timer(
         "network(x)",
         globals={"network": network, "x": example_input},

@@ -6,6 +6,7 @@ import inspect
 import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ from sparse_cocktail import ops
 # imported, which the first Triton op does.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# Programs that tests start find this package where it is not installed.
+ROOT = Path(__file__).resolve().parent.parent
+PLACES = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 
 
 def _complete_torchvision() -> torch.library.Library | None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_cocktail import cli, models
+from sparse_cocktail import cli, load_slim, models
 from sparse_cocktail import data as data_sets
 from sparse_cocktail.cli.base import console, runs_shown
 from sparse_cocktail.methods import METHODS
@@ -84,6 +84,28 @@ def test_exports_run_without_the_library(finished, tmp_path, monkeypatch, capsys
 
     program = tmp_path / "net.pt2"
     assert call(monkeypatch, capsys, "export", folder, subnet, "--out", program)[0] == 0
+    loaded = torch.export.load(str(program)).module()
+    assert accuracy(loaded, test) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_slim_exports_are_smaller_and_score_the_same(finished, tmp_path, monkeypatch, capsys):
+    folder, _ = finished
+    results = json.loads((folder / "results.json").read_text())
+    channels = [s for s in results["subnets"] if s["pattern"] == "channel"]
+    row = max(channels, key=lambda s: s["sparsity"])
+    subnet, wanted = row["name"], row["accuracy"]
+    test = data_sets.load("digits").test
+    whole, plain, program = (
+        tmp_path / name for name in ("whole.safetensors", "a.safetensors", "a.pt2")
+    )
+    assert call(monkeypatch, capsys, "export", folder, subnet, "--out", whole)[0] == 0
+    for out in (plain, program):
+        code, said, _ = call(monkeypatch, capsys, "export", folder, subnet, "--slim", "--out", out)
+        assert code == 0 and "parameters in all" in said
+    assert plain.stat().st_size < 0.9 * whole.stat().st_size
+    network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10}).eval()
+    load_slim(network, load_file(plain))
+    assert accuracy(network, test) == pytest.approx(wanted, abs=1e-3)
     loaded = torch.export.load(str(program)).module()
     assert accuracy(loaded, test) == pytest.approx(wanted, abs=1e-3)
 
