@@ -232,6 +232,53 @@ def nm(
     _finish(program, result, files, save_choices)
 
 
+@bench.command()
+def serve(
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results (default: benchmarks/results/serve)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="small network, few samples")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="threads on the CPU (default: torch's)", min=1)
+    ] = None,
+    network: Annotated[str, typer.Option(help="resnet50 (the default), resnet18, resnet8")] = "",
+    subnets: Annotated[
+        str, typer.Option(help="such as 2:4,channel-0.5 (default: Sparse Cocktail's 23)")
+    ] = "",
+    batch: Annotated[
+        str, typer.Option(help="images, such as 1,8 (default: also 64 and 256 on a GPU)")
+    ] = "",
+    pictures: Annotated[bool, typer.Option(help="draw a PNG file too")] = True,
+    redraw: Annotated[
+        Path | None, typer.Option(help="only table and picture again, from this JSON")
+    ] = None,
+) -> None:
+    """Time the subnets of a network as they are exported, against the dense one.
+
+    Every result is compared with higher precision before it is timed. The exit code is 1 when one
+    of ours is wrong.
+    """
+    program = _checkout("bench_serve")
+    if redraw is not None:
+        _redraw(program, redraw, pictures, False)
+        return
+    _check_device("serve", device)
+    result, files = program.run(
+        out,
+        device,
+        quick,
+        threads,
+        network,
+        _names(subnets),
+        numbers("bench serve", "batch", batch),
+        pictures,
+        _tell,
+    )
+    _tell(program.summary(result))
+    _finish(program, result, files)
+
+
 def numbers(what: str, argument: str, text: str) -> list[int]:
     """Whole numbers from a list such as 1,16,256."""
     try:
