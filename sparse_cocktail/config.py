@@ -33,8 +33,9 @@ class Config:
 
     data: str = option(
         "digits",
-        "digits, patches, cifar10, cifar100, imagenet (train/CLASS and val/CLASS; imagenet-64: "
-        "crops of 64), synthetic or package.module:function; NAME@I/K: fold I of K",
+        "digits, digits-32 (enlarged), patches, cifar10, cifar100, imagenet (train/CLASS and "
+        "val/CLASS; imagenet-64: crops of 64), synthetic or package.module:function; NAME@I/K: "
+        "fold I of K",
     )
     data_dir: str = option("", "folder with the files of the data set")
     workers: int = option(0, "processes that load pictures (0: none extra)")

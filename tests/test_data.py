@@ -75,6 +75,47 @@ def test_loading_again_gives_the_same(digits):
     assert torch.equal(again.test.targets, digits.test.targets)
 
 
+# ---- digits, enlarged ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large():
+    return data.load("digits-32")
+
+
+def test_enlarged_digits_are_the_digits_in_their_order(digits, large):
+    assert large.name == "digits-32" and large.sample_shape == (1, 32, 32) and large.classes == 10
+    for part, small in parts(digits).items():
+        mine = getattr(large, part)
+        assert torch.equal(mine.targets, small.targets)
+        assert mine.inputs.dtype == torch.float32 and mine.inputs.is_contiguous()
+        # each pixel's middle lies between those of 4x4 new ones, whose mean is near it
+        means = nn.functional.avg_pool2d(mine.inputs, 4).flatten(1)
+        pairs = zip(means, small.inputs.flatten(1), strict=True)
+        alike = [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs]
+        assert min(alike) > 0.9, part
+
+
+def test_enlarged_digits_are_interpolated_as_documented(digits, large):
+    x, y = digits.train.inputs[7, 0].double(), large.train.inputs[7, 0].double()
+    # new pixel i lies at (i + 0.5) / 4 - 0.5 of the old ones: 5 of 8 and 3 of 8 of two neighbours
+    share = torch.tensor([0.875, 0.125], dtype=torch.float64)
+    expected = share @ x[2:4, 3:5] @ share  # at (2.125, 3.125), which is new pixel (10, 14)
+    values = torch.stack([x.flatten().min(), expected])
+    edge = y.min()  # the background, 0 in both
+    scale = (y[10, 14] - edge) / (values[1] - values[0])
+    other = share.flip(0) @ x[4:6, 3:5] @ share  # at (4.875, 3.125): new pixel (21, 14)
+    assert y[21, 14] - edge == pytest.approx(float(scale * (other - values[0])), abs=1e-5)
+
+
+def test_enlarged_digits_are_standardised_by_what_is_not_the_test_set(large):
+    both = torch.cat([large.train.inputs, large.holdout.inputs])
+    assert abs(float(both.mean())) < 1e-5 and abs(float(both.std()) - 1) < 1e-5
+    assert abs(float(large.test.inputs.mean())) > 1e-5, "the test set was standardised by itself"
+    inputs, _ = next(large.epoch((0, 0, 0), 256))
+    assert abs(float(inputs.min()) - float(large.train.inputs.min())) < 1e-6
+
+
 # ---- order of the batches ------------------------------------------------------------------------
 
 
@@ -249,7 +290,8 @@ def test_randaugment_is_for_folders(name):
 
 
 def test_data_names():
-    assert data.names() == ["digits", "patches", "cifar10", "cifar100", "imagenet", "synthetic"]
+    embedded = ["digits", "digits-32", "patches"]
+    assert data.names() == [*embedded, "cifar10", "cifar100", "imagenet", "synthetic"]
 
 
 def test_moving_keeps_everything(digits):

@@ -309,7 +309,9 @@ def test_parity_runs_and_differs(tmp_path):
     assert not any(name.startswith("statistics.") for name in weights(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["digits", "patches", "cifar10", "cifar100", "imagenet"])
+@pytest.mark.parametrize(
+    "name", ["digits", "digits-32", "patches", "cifar10", "cifar100", "imagenet"]
+)
 @pytest.mark.parametrize("preset", [None, "paper", "parity"])
 def test_recipes_are_valid_with_every_preset(name, preset):
     fields = read_recipe(name)

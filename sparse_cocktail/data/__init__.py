@@ -9,7 +9,7 @@ from ..models import import_object
 from .augment import ShiftFlip
 from .base import Data, Split, fold
 from .cifar import CIFAR, cifar
-from .embedded import digits, patches, synthetic
+from .embedded import digits, digits_32, patches, synthetic
 from .folders import FolderData, folders
 from .mixing import mix
 from .random import generator_for
@@ -21,6 +21,7 @@ __all__ = [
     "Split",
     "cifar",
     "digits",
+    "digits_32",
     "fold",
     "folders",
     "generator_for",
@@ -34,7 +35,7 @@ __all__ = [
 
 def names() -> list[str]:
     """Names that `load` knows."""
-    return ["digits", "patches", *CIFAR, "imagenet", "synthetic"]
+    return ["digits", "digits-32", "patches", *CIFAR, "imagenet", "synthetic"]
 
 
 def load(
@@ -66,6 +67,8 @@ def load(
             raise TypeError(f"data: {base} returned a {type(data).__name__}, not a data.Data")
     elif base == "digits":
         data = digits()
+    elif base == "digits-32":
+        data = digits_32()
     elif base == "patches":
         data = patches()
     elif base in CIFAR:
