@@ -20,7 +20,7 @@ from peers_masked import DENSE, PRUNE, pruned_network  # isort: skip
 from shapes import Case, like_weight  # isort: skip
 from timing import Bound, Group, Impl  # isort: skip
 
-__all__ = ["PREMASKED", "Networks", "loop_group", "network_group"]
+__all__ = ["PREMASKED", "Networks", "loop_group", "network_group", "watched"]
 
 PREMASKED = "ours/premasked"  # all W*m of a network in one call, kept for the backward
 CONVERTED = "torch/dense, converted"  # masked modules without a mask
@@ -59,7 +59,7 @@ class Networks:
         return F.cross_entropy(logits, self.target), logits
 
 
-def _watched(model: nn.Module) -> Tensors:
+def watched(model: nn.Module) -> Tensors:
     """Gradients that the gate looks at: of five weights, from the first layer to the last."""
     parameters = [p for p in model.parameters() if p.dim() > 1]
     return [parameters[i].grad for i in places(len(parameters), 5, torch.device("cpu")).tolist()]
@@ -79,7 +79,7 @@ def _gate(networks: Networks, makes: Iterable[Make]) -> Rounding:
             model = make(plain)
             loss, logits = networks.loss(model, wide)
             loss.backward()
-            passes.append([logits.detach(), *_watched(model)])
+            passes.append([logits.detach(), *watched(model)])
         results.append([torch.stack(same).sum(0) for same in zip(*passes, strict=True)])
     return Rounding(*results, torch.bfloat16 if gpu else torch.float32, norm=2)
 
@@ -145,7 +145,7 @@ def network_group(
 
     def impl(name: str, model: nn.Module) -> Impl:
         kind = Dense if name in (DENSE, CONVERTED) else list
-        result = lambda out: kind([out[1].detach(), *_watched(out[0])])  # noqa: E731
+        result = lambda out: kind([out[1].detach(), *watched(out[0])])  # noqa: E731
         return Impl(name, bind(model), result, graph=False)
 
     impls = [impl(name, model) for name, model in found.items()]
@@ -193,7 +193,7 @@ def loop_group(networks: Networks, patterns: tuple[str, ...]) -> tuple[Group, di
             return logits
 
         def result(logits: list[Tensor]) -> Tensors:
-            return kind([torch.stack(logits).sum(0), *_watched(model)])
+            return kind([torch.stack(logits).sum(0), *watched(model)])
 
         return Impl(name, lambda _: Bound(step, optimizer.zero_grad), result, graph=False)
 

@@ -279,6 +279,38 @@ def serve(
     _finish(program, result, files)
 
 
+@bench.command()
+def train(
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the results (default: benchmarks/results/train)")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny network, few samples")] = False,
+    threads: Annotated[
+        int | None, typer.Option(help="threads on the CPU (default: torch's)", min=1)
+    ] = None,
+    cases: Annotated[str, typer.Option(help="of resnet18,resnet50 (default: both)")] = "",
+    batch: Annotated[int | None, typer.Option(help="images of a batch", min=2)] = None,
+    pictures: Annotated[bool, typer.Option(help="draw a PNG file too")] = True,
+    redraw: Annotated[
+        Path | None, typer.Option(help="only table and picture again, from this JSON")
+    ] = None,
+) -> None:
+    """Time the training engine in a pruning stage, against plain steps of the dense network.
+
+    Losses and gradients are compared with those of float64 before a step is timed. The exit code
+    is 1 when one of ours is wrong.
+    """
+    program = _checkout("bench_train")
+    if redraw is not None:
+        _say_files(program.redraw(redraw, pictures))
+        return
+    _check_device("train", device)
+    result, files = program.run(out, device, quick, threads, _names(cases), batch, pictures, _tell)
+    _tell(program.summary(result))
+    _finish(program, result, files)
+
+
 def numbers(what: str, argument: str, text: str) -> list[int]:
     """Whole numbers from a list such as 1,16,256."""
     try:
