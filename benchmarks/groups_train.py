@@ -90,7 +90,7 @@ class EngineSteps:
     ) -> None:
         self.batches = training.batches(dtype or torch.float32)
         (x, labels), gpu = self.batches[0], training.gpu
-        images = torch.cat([images for images, _ in self.batches])
+        images = training.images.to(x.dtype)
         few = Split(x[:1], labels[:1])
         data = Data("random", training.classes, Split(images, training.labels), few, few)
         fields = {
