@@ -102,12 +102,13 @@ class _Run:
     def network(self, name: str, shape: tuple[int, ...]) -> None:
         """All groups of one network; what breaks is a row."""
         facts = {"network": name, "images": shape[0], "steps": None, "kind": ""}
-        training = Training(name, shape, self.place)
-        self.tell(f"{training.case.name}: masks and gates")
+        case = f"{name}, {shape[0]} images of {'x'.join(map(str, shape[2:]))}"
+        self.tell(f"{case}: masks and gates")
         try:
+            training = Training(name, shape, self.place)
             bench = Bench(training)
         except Exception as error:  # noqa: BLE001 - such as no memory: other networks go on
-            self._note([{**broken("step", training.case.name, error), **facts}])
+            self._note([{**broken("step", case, error), **facts}])
             return
         single = {kind: ((place,), True) for kind, place in TURNS.items()}
         period = {kind: (tuple(range(PERIOD)), pair) for kind, pair in PAIRS.items()}
