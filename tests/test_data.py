@@ -101,11 +101,9 @@ def test_enlarged_digits_are_interpolated_as_documented(digits, large):
     # new pixel i lies at (i + 0.5) / 4 - 0.5 of the old ones: 5 of 8 and 3 of 8 of two neighbours
     share = torch.tensor([0.875, 0.125], dtype=torch.float64)
     expected = share @ x[2:4, 3:5] @ share  # at (2.125, 3.125), which is new pixel (10, 14)
-    values = torch.stack([x.flatten().min(), expected])
-    edge = y.min()  # the background, 0 in both
-    scale = (y[10, 14] - edge) / (values[1] - values[0])
     other = share.flip(0) @ x[4:6, 3:5] @ share  # at (4.875, 3.125): new pixel (21, 14)
-    assert y[21, 14] - edge == pytest.approx(float(scale * (other - values[0])), abs=1e-5)
+    scale = (y[10, 14] - y.min()) / (expected - x.min())  # the background is 0 in both
+    assert float(y[21, 14] - y.min()) == pytest.approx(float(scale * (other - x.min())), abs=1e-5)
 
 
 def test_enlarged_digits_are_standardised_by_what_is_not_the_test_set(large):
