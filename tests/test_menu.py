@@ -69,7 +69,7 @@ def test_schedules_up_to_their_limits():
         ),
         ("set", {"patterns": "block-4x4-0.5"}, "^set: .* Methods for block: spartan, acdc, gmp$"),
         ("mutualnet", {"ladder": "n:m"}, "^mutualnet: 1:2 .* channel patterns, such as channel-0."),
-        ("ast", {"patterns": "channel-0.5"}, "^ast: .* takes unstructured and N:M patterns, "),
+        ("ast", {"patterns": "block-4x4-0.5"}, "^ast: .* takes unstructured, channel and N:M "),
         ("ast", {"stages": 0}, "^ast: stages=0 is below 1; 10 is"),
         ("acdc", {"patterns": "2:4,2:4"}, "^acdc: .*2:4.* a name twice .*; name each once"),
         ("gmp", {"patterns": "dense"}, "^gmp: .*has dense.*without dense"),

@@ -31,6 +31,7 @@ COMMON = {"threads": 1, "recalibrate_samples": 64, "batch_size": 16, "epochs": 2
 COMMON |= {"checkpoint_every": 4, "log_every": 2}
 OWN = {
     "cocktail": {"interpolation": True, "search_samples": 0, "consolidate": 1.0},
+    "ast": {"ladder": "unstructured+channel+n:m", "dense": True, "interleave": True},
 }
 RANKS = 2
 STEPS = 14  # of an epoch of 224 samples

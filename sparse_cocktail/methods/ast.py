@@ -1,4 +1,4 @@
-"""AST: subnets of one pattern take turns on shared weights (Yang et al., NeurIPS 2022)."""
+"""AST: subnets take turns on shared weights (Yang et al., NeurIPS 2022)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..patterns import Channel, Dense
 from ..reference import ones
 from ..schedules import cosine, length_in_steps
 from ..selection import check_ranks_agree
@@ -15,9 +16,12 @@ from .ast_masks import next_masks
 from .ast_options import ASTOptions
 from .base import Context, Method, Pass, Stage
 from .menu import report_ineligible
+from .mutualnet import prefix_masks
 from .updates import dense_gradients
 
 __all__ = ["AST", "without_conflict"]
+
+FIXED = (Dense, Channel)  # patterns whose masks stay as they begin
 
 
 class AST(Method):
@@ -27,6 +31,10 @@ class AST(Method):
     weights, pruned ones included, then prune and regrow in every layer by a dense gradient. From
     the ramp's end to `update_until` they prune and regrow only. Where fp16 makes the gradient of
     an update infinite, it does not regrow.
+
+    Beyond the paper, channel subnets take part, with MutualNet's masks from the first step on: the
+    first channels of every layer. With `dense` the dense network has a turn like a subnet, the
+    first of a group; with `interleave` turns go round the families.
 
     With `own_norms` every BatchNorm layer is a subnet's own, the stem's too, which the paper's
     networks share.
@@ -44,7 +52,7 @@ class AST(Method):
     def plan(self, ctx: Context) -> list[Stage]:
         o, epochs = ctx.options, ctx.config.epochs
         o.check()
-        self._menu = o.menu()
+        self._menu = o.turns()
         total = epochs * ctx.steps_per_epoch
         lengths = (o.ramp_start, o.ramp_end, o.update_until, o.update_every)
         self._start, self._end, self._stop, every = (
@@ -57,7 +65,7 @@ class AST(Method):
                 "must come at or after the one before"
             )
         self._period = max(1, round(every / len(self._menu)))  # in steps of one subnet
-        report_ineligible(ctx, self._menu)
+        report_ineligible(ctx, o.menu())
         return [Stage("train", epochs, o.learning_rate(ctx.config.lr, total))]
 
     @classmethod
@@ -71,6 +79,8 @@ class AST(Method):
     def updates(self, ctx: Context, step: int) -> bool:
         """Whether a step ends with new masks for its subnet."""
         index, own = self.turn(step)
+        if isinstance(self._menu[index], FIXED):
+            return False
         due = (own - round(index * ctx.options.offset * self._period)) % self._period == 0
         return (due and self._start <= step < self._stop) or self._closes(step)
 
@@ -85,11 +95,15 @@ class AST(Method):
     # ---- steps -----------------------------------------------------------------------------------
 
     def before_stage(self, ctx: Context) -> None:
-        for pattern in self._menu:
-            full = [ones(weight) for weight in ctx.cocktail.bank.weights]
-            name = ctx.cocktail.add(pattern, full, ctx.stage).name
+        cocktail = ctx.cocktail
+        for pattern in ctx.options.networks():
+            masks = [ones(weight) for weight in cocktail.bank.weights]
+            if isinstance(pattern, Channel):
+                masks = prefix_masks(cocktail.bank.weights, pattern, cocktail.outputs)
+            if not isinstance(pattern, Dense):
+                cocktail.add(pattern, masks, ctx.stage)
             if ctx.options.own_norms:
-                ctx.cocktail.keep_norms(name)
+                cocktail.keep_norms(str(pattern))
 
     def step(self, ctx: Context) -> list[Pass]:
         name = str(self._menu[self.turn(ctx.step)[0]])
@@ -99,7 +113,8 @@ class AST(Method):
     @torch.no_grad()
     def before_step(self, ctx: Context) -> None:
         weights = [layer.weight for layer in ctx.cocktail.layers.values()]
-        masks = ctx.cocktail.masks(self._pass.subnet)
+        dense = self._pass.subnet == "dense"  # the first of its group: none to correct by
+        masks = [] if dense else ctx.cocktail.masks(self._pass.subnet)
         self._due, self._dense = self._pass.dense_grad, None
         if self._due:
             self._dense = dense_gradients(ctx)
@@ -167,12 +182,13 @@ class AST(Method):
 
     def after_stage(self, ctx: Context) -> None:
         closed = {self.turn(step)[0] for step in range(self._end, ctx.step)}
-        for index in set(range(len(self._menu))) - closed:
-            self._update(ctx, index)  # the ramp ends with the run
+        for index, pattern in enumerate(self._menu):
+            if index not in closed and not isinstance(pattern, FIXED):
+                self._update(ctx, index)  # the ramp ends with the run
         self.state = self.State()
 
     def report(self, ctx: Context) -> list[str]:
-        return [str(pattern) for pattern in self._menu]
+        return [str(pattern) for pattern in ctx.options.networks()]
 
     def weight_sets(self, ctx: Context) -> dict[str, list[str]]:
         return {"": self.report(ctx)}
