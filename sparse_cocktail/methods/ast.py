@@ -21,6 +21,8 @@ from .updates import dense_gradients
 
 __all__ = ["AST", "without_conflict"]
 
+FIXED = (Dense, Channel)  # patterns whose masks stay as they begin
+
 
 class AST(Method):
     """Groups of as many steps as there are subnets: each step one subnet on a batch of its own.
@@ -30,9 +32,9 @@ class AST(Method):
     the ramp's end to `update_until` they prune and regrow only. Where fp16 makes the gradient of
     an update infinite, it does not regrow.
 
-    Beyond the paper, channel subnets take part: their first update sets MutualNet's masks, the
-    first channels of every layer, which stay. With `dense` the dense network has a turn like a
-    subnet, the first of a group; with `interleave` turns go round the families.
+    Beyond the paper, channel subnets take part, with MutualNet's masks from the first step on: the
+    first channels of every layer. With `dense` the dense network has a turn like a subnet, the
+    first of a group; with `interleave` turns go round the families.
 
     With `own_norms` every BatchNorm layer is a subnet's own, the stem's too, which the paper's
     networks share.
@@ -77,13 +79,10 @@ class AST(Method):
     def updates(self, ctx: Context, step: int) -> bool:
         """Whether a step ends with new masks for its subnet."""
         index, own = self.turn(step)
-        if isinstance(self._menu[index], Dense):
+        if isinstance(self._menu[index], FIXED):
             return False
         due = (own - round(index * ctx.options.offset * self._period)) % self._period == 0
-        due = due and self._start <= step < self._stop
-        if isinstance(self._menu[index], Channel):  # once: the update before would be too early
-            return due and step - self._period * len(self._menu) < self._start
-        return due or self._closes(step)
+        return (due and self._start <= step < self._stop) or self._closes(step)
 
     def _closes(self, step: int) -> bool:
         """Whether this is the subnet's first step with its final density."""
@@ -98,16 +97,17 @@ class AST(Method):
     def before_stage(self, ctx: Context) -> None:
         cocktail = ctx.cocktail
         for pattern in ctx.options.networks():
+            masks = [ones(weight) for weight in cocktail.bank.weights]
+            if isinstance(pattern, Channel):
+                masks = prefix_masks(cocktail.bank.weights, pattern, cocktail.outputs)
             if not isinstance(pattern, Dense):
-                full = [ones(weight) for weight in cocktail.bank.weights]
-                cocktail.add(pattern, full, ctx.stage)
+                cocktail.add(pattern, masks, ctx.stage)
             if ctx.options.own_norms:
                 cocktail.keep_norms(str(pattern))
 
     def step(self, ctx: Context) -> list[Pass]:
-        pattern, self._due = self._menu[self.turn(ctx.step)[0]], self.updates(ctx, ctx.step)
-        regrows = self._due and not isinstance(pattern, Channel)
-        self._pass, self._dense = Pass(str(pattern), dense_grad=regrows), None
+        name = str(self._menu[self.turn(ctx.step)[0]])
+        self._pass = Pass(name, dense_grad=self.updates(ctx, ctx.step))
         return [self._pass]
 
     @torch.no_grad()
@@ -115,7 +115,8 @@ class AST(Method):
         weights = [layer.weight for layer in ctx.cocktail.layers.values()]
         dense = self._pass.subnet == "dense"  # the first of its group: none to correct by
         masks = [] if dense else ctx.cocktail.masks(self._pass.subnet)
-        if self._pass.dense_grad:
+        self._due, self._dense = self._pass.dense_grad, None
+        if self._due:
             self._dense = dense_gradients(ctx)
             for weight, bits in zip(weights, masks, strict=True):
                 weight.grad.copy_(ops.masked_weight(weight.grad, bits))
@@ -173,10 +174,7 @@ class AST(Method):
         with ctx.timed("mask"):
             weights = [layer.weight.detach() for layer in cocktail.layers.values()]
             present = cocktail.masks(str(pattern))
-            if isinstance(pattern, Channel):
-                made = prefix_masks(weights, pattern, cocktail.outputs)
-            else:
-                made = next_masks(weights, pattern, present, ramp, gradients, drop)
+            made = next_masks(weights, pattern, present, ramp, gradients, drop)
             cocktail.set_masks(str(pattern), made)
             check_ranks_agree(cocktail.bank.digest(cocktail.subnets[str(pattern)].row))
 
@@ -185,8 +183,7 @@ class AST(Method):
     def after_stage(self, ctx: Context) -> None:
         closed = {self.turn(step)[0] for step in range(self._end, ctx.step)}
         for index, pattern in enumerate(self._menu):
-            unset = index not in closed or isinstance(pattern, Channel)
-            if unset and not isinstance(pattern, Dense):
+            if index not in closed and not isinstance(pattern, FIXED):
                 self._update(ctx, index)  # the ramp ends with the run
         self.state = self.State()
 
