@@ -69,6 +69,10 @@ class MaskBank:
         self._follow_weights()
         return self._views[row]
 
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """A flat tensor of a row's size as bits per weight, which share its memory."""
+        return row_views(flat, self.weights)
+
     def _follow_weights(self) -> None:
         """Move the rows when the weights have moved to another device."""
         if self.weights and self._rows and self._rows[0].device != self.weights[0].device:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from .cocktail import Cocktail
 from .data import generator_for
+from .freezing import Frozen
 from .recalibrate import frozen_statistics
 
 __all__ = ["CocktailCallback", "LightningCallback"]  # noqa: F822 - made by __getattr__
@@ -76,7 +77,8 @@ class _Turns:
         self.cocktail, self.seed, self.every = cocktail, seed, every
         self.batches, self.freeze = batches, freeze
         self._open = ExitStack()  # what the present step has changed
-        self._before: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._frozen: Frozen | None = None
+        self._held = False  # what a step may not change
 
     def turn(self, step: int) -> str:
         """The subnet of an optimizer step, counted from 0 over the whole run."""
@@ -117,15 +119,15 @@ class _Turns:
 
     def _before_update(self) -> None:
         if self.freeze and self.cocktail.active != "dense":
-            pairs = self.cocktail.kept_parameters([self.cocktail.active])
-            self._before = [(p, mask, p.detach().clone()) for p, mask in pairs]
+            self._frozen = self._frozen or Frozen(self.cocktail)
+            self._frozen.hold([self.cocktail.active])
+            self._held = True
 
-    @torch.no_grad()
     def _rest(self) -> None:
         """Back to the dense network; may be called at any time."""
-        for parameter, mask, before in self._before:
-            parameter.copy_(torch.where(mask, parameter, before))
-        self._before = []
+        if self._held:
+            self._frozen.restore()
+            self._held = False
         self._open.close()
         self.cocktail.activate("dense")
 

@@ -227,24 +227,30 @@ class Cocktail(OwnNorms, Serving):
 
         Masked weights; biases and BatchNorm scales and shifts where channels are silent.
         """
-        subnets = [self.subnet(name) for name in names]
-        pairs, alive = [], []
-        for index, layer in enumerate(self.layers.values()):
-            bits = self.bank.views(subnets[0].row)[index]
-            live = subnets[0].live[index]
-            for other in subnets[1:]:
-                bits = ops.mask_or(bits, self.bank.views(other.row)[index])
-                live = live | other.live[index]
+        rows = [self.bank.views(self.subnet(name).row) for name in names]
+        pairs = []
+        for layer, bits, *others in zip(self.layers.values(), *rows, strict=True):
+            for other in others:
+                bits = ops.mask_or(bits, other)
             pairs.append((layer.weight, ops.unpack_mask(bits, layer.weight.shape)))
-            if layer.bias is not None:
-                pairs.append((layer.bias, live))
-            alive.append(live)
+        live, (vectors, index) = self.live(names), self.channel_parameters()
+        return pairs + [(vector, live[i]) for vector, i in zip(vectors, index, strict=True)]
+
+    def live(self, names: Sequence[str]) -> list[Tensor]:
+        """Per masked layer, bool: the channels that any of these subnets does not prune wholly."""
+        first, *others = (self.subnet(name).live for name in names)
+        for other in others:
+            first = [mine | its for mine, its in zip(first, other, strict=True)]
+        return first
+
+    def channel_parameters(self) -> tuple[list[nn.Parameter], list[int]]:
+        """Parameters of one value per channel, which are silent with it: biases of masked layers,
+        scales and shifts behind them; and the indices of the layers that they belong to."""
+        found = [(m.bias, i) for i, m in enumerate(self.layers.values()) if m.bias is not None]
         for norm, index in self._silenced:
             if norm.affine:
-                pairs += [(norm.weight, alive[index]), (norm.bias, alive[index])]
-        return pairs
-
-    # ---- export ----------------------------------------------------------------------------------
+                found += [(norm.weight, index), (norm.bias, index)]
+        return [parameter for parameter, _ in found], [index for _, index in found]
 
     # ---- state, for checkpoints ------------------------------------------------------------------
 
@@ -260,7 +266,7 @@ class Cocktail(OwnNorms, Serving):
         """Take over copies of what `state` returned, into a cocktail without subnets."""
         norms, affine = self.statistics(), self.affine()
         for flat in state["rows"]:
-            self.bank.add(self._split(flat))
+            self.bank.add(self.bank.split(flat))
         for entry in state["subnets"]:
             if entry["row"] is not None:
                 self.add(entry["name"], entry["row"], entry["stage"])
@@ -362,7 +368,7 @@ class Cocktail(OwnNorms, Serving):
         for entry in header["subnets"]:
             name = entry["name"]
             if name != "dense":
-                masks = levels.get(name) or cocktail._split(tensors[f"bits.{name}"])
+                masks = levels.get(name) or cocktail.bank.split(tensors[f"bits.{name}"])
                 cocktail.add(name, masks, entry["stage"])
             subnet = cocktail.subnets[name]
             subnet.stage, subnet.accuracy = entry["stage"], entry["accuracy"]
@@ -376,8 +382,3 @@ class Cocktail(OwnNorms, Serving):
         cocktail.extra = header["extra"]
         cocktail.activate("dense")
         return cocktail
-
-    def _split(self, flat: Tensor) -> list[Tensor]:
-        shapes = self.bank.shapes
-        parts = flat.split([out * taps * words for out, taps, words in shapes])
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .data import generator_for, mix
+from .freezing import Frozen, is_like
 from .methods import Context, Method, Pass
 from .premask import given_weights, premasked
 from .recalibrate import frozen_statistics
@@ -37,6 +37,7 @@ class Stepper:
         self.losses: list[tuple[int, str, Tensor]] = []
         self.kept: dict[str, list[Tensor]] | None = None  # batch and output of the step before
         self.distributed = hasattr(ctx.network, "no_sync")
+        self.frozen = Frozen(ctx.cocktail)
         masked = sum(layer.weight.nbytes for layer in ctx.cocktail.layers.values())
         self.small = masked <= _SMALL and not ctx.config.compile
 
@@ -157,18 +158,9 @@ class Stepper:
         if dense or self.ctx.config.mask_update == "shared":
             yield
             return
-        saved = []
-        for parameter, mask in cocktail.kept_parameters([each.subnet for each in passes]):
-            state = optimizer.state.get(parameter, {})
-            buffers = {k: v.clone() for k, v in state.items() if _is_like(v, parameter)}
-            saved.append((parameter, mask, parameter.detach().clone(), buffers))
+        self.frozen.hold([each.subnet for each in passes], optimizer)
         yield
-        with torch.no_grad():
-            for parameter, mask, before, buffers in saved:
-                parameter.copy_(torch.where(mask, parameter, before))
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    if _is_like(value, parameter):
-                        value.copy_(torch.where(mask, value, buffers.get(key, 0.0)))
+        self.frozen.restore()
 
 
 @torch.no_grad()
@@ -176,13 +168,9 @@ def stride_like_parameters(optimizer: torch.optim.Optimizer) -> None:
     """Lay what an optimizer remembers out like its parameters: files do not keep strides."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            if _is_like(value, parameter) and value.stride() != parameter.stride():
+            if is_like(value, parameter) and value.stride() != parameter.stride():
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _transformed(each: Pass, x: Tensor) -> Tensor:
     return x if each.transform is None else each.transform(x)
-
-
-def _is_like(value: Any, weight: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == weight.shape

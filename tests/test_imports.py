@@ -25,7 +25,7 @@ ORDER = (
     ("own_norms", "slimming"),
     ("serving",),
     ("cocktail", "averaging"),
-    ("tasks", "data"),
+    ("tasks", "data", "freezing"),
     ("methods",),
     ("checkpoint", "config", "callbacks"),
     ("preparation", "stepping", "run_folder", "report", "stopping"),
