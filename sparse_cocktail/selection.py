@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -130,10 +130,17 @@ class MasksDiffer(RuntimeError):
     """Processes of one run hold different masks."""
 
 
-def check_ranks_agree(digest: str) -> None:
-    """Stop when processes of a distributed run hold different masks."""
+def check_ranks_agree(bank: MaskBank, rows: Iterable[int] | None = None) -> None:
+    """Stop when processes of a distributed run hold different masks.
+
+    Args:
+        bank: of each process.
+        rows: that are compared (default: all). One process alone compares nothing, and waits for
+            no device.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
+    digest = "".join(bank.digest(row) for row in (range(len(bank)) if rows is None else rows))
     digests: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
     if len(set(digests)) > 1:

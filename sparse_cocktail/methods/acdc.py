@@ -154,7 +154,7 @@ class ACDC(Separate):
             ctx.log("masks", subnet=name, changed=int(ops.mask_count(new)) / max(kept, 1))
         else:
             row = cocktail.add(pattern, stage=ctx.stage).row
-        check_ranks_agree(cocktail.bank.digest(row))
+        check_ranks_agree(cocktail.bank, [row])
         zero_pruned(ctx, name)
 
     def after_stage(self, ctx: Context) -> None:

@@ -176,7 +176,7 @@ class AST(Method):
             present = cocktail.masks(str(pattern))
             made = next_masks(weights, pattern, present, ramp, gradients, drop)
             cocktail.set_masks(str(pattern), made)
-            check_ranks_agree(cocktail.bank.digest(cocktail.subnets[str(pattern)].row))
+            check_ranks_agree(cocktail.bank, [cocktail.subnets[str(pattern)].row])
 
     # ---- end -------------------------------------------------------------------------------------
 

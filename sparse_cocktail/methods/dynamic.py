@@ -180,5 +180,5 @@ def replace_masks(ctx: Context, name: str, masks: list[torch.Tensor]) -> None:
     """Give a subnet other masks; weights and momentum outside of them become zero."""
     with ctx.timed("mask"):
         ctx.cocktail.set_masks(name, masks)
-        check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnet(name).row))
+        check_ranks_agree(ctx.cocktail.bank, [ctx.cocktail.subnet(name).row])
         zero_pruned(ctx, name)

@@ -94,7 +94,7 @@ class IMP(Method):
         with ctx.timed("mask"):
             pattern, bank = self.networks(ctx.options)[ctx.stage], ctx.cocktail.bank
             row = ctx.cocktail.add(pattern, self.masks(ctx, pattern), ctx.stage).row
-            check_ranks_agree(bank.digest(row))
+            check_ranks_agree(bank, [row])
 
     def masks(self, ctx: Context, pattern: Pattern) -> list[Tensor]:
         """The masks of the stage to come, from the weights that the one before has trained."""

@@ -114,7 +114,7 @@ class LotteryPools(IMP):
             ctx.log("average", subnet=name, ticket=c.stage, alpha=c.alpha, score=c.score)
         self._take(ctx, name, state, self._masks(ctx, name, state))
         if ticket:
-            check_ranks_agree(cocktail.bank.digest(cocktail.subnets[name].row))
+            check_ranks_agree(cocktail.bank, [cocktail.subnets[name].row])
             cocktail.set_masks(name, own)
         ctx.samples, spent = counted, ctx.samples
         found = {"choices": list(map(vars, choices)), "forwards": sum(spent.values())}

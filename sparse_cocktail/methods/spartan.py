@@ -142,7 +142,7 @@ class Spartan(Separate):
             name, masks, weights = self._present(ctx)
             self.state.kept, bits = masks.freeze(weights, self.state.roots)
             ctx.cocktail.set_masks(name, bits)
-            check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnets[name].row))
+            check_ranks_agree(ctx.cocktail.bank, [ctx.cocktail.subnets[name].row])
 
     @torch.no_grad()
     def after_epoch(self, ctx: Context) -> None:

@@ -198,4 +198,4 @@ class SupTickets(Separate):
         ctx.cocktail.activate("dense")
         ctx.model.load_state_dict(weights)
         ctx.cocktail.set_masks(name, masks)
-        check_ranks_agree(ctx.cocktail.bank.digest(ctx.cocktail.subnet(name).row))
+        check_ranks_agree(ctx.cocktail.bank, [ctx.cocktail.subnet(name).row])
