@@ -238,7 +238,7 @@ def fix_up(
     hit = tl.load(p_state + S_MISS) == 0
     found = tl.where(hit, tl.load(p_state + S_CANDIDATES), 0)
     low, floor = tl.load(p_state + S_LOW), tl.load(p_state + S_FLOOR)
-    some = tl.load(p_state + S_TIES) > 0
+    tied = tl.where(tl.load(p_state + S_TIES) > 0, floor - 1, -1)  # a key is 0 or more
     channels = tl.load(p_table + CHANNELS)
     slot_bits = tl.load(p_table + SLOT_BITS)
     for start in range(tl.program_id(0) * SIZE, found, tl.num_programs(0) * SIZE):
@@ -247,7 +247,7 @@ def fix_up(
         candidate = tl.load(p_candidates + o_candidate, mask=on, other=0)
         key = low + (candidate >> slot_bits)
         chosen = on & (key >= floor)
-        tie = on & (key == floor - 1) & some
+        tie = on & (key == tied)
         slot = candidate & ((tl.full((), 1, tl.int64) << slot_bits) - 1)
         bit = tl.full((SIZE,), 1, tl.int32) << (slot & 31).to(tl.int32)
         o_plane = slot >> 5
