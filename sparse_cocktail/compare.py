@@ -74,6 +74,12 @@ ENTRIES = (
     Entry("cocktail-paper", "cocktail", "Sparse Cocktail as published", dict(PAPER), paper=True),
     *_ladders("mutualnet", "nested widths, trained together", "channel"),
     *_ladders("ast", "alternating sparse training", "unstructured", "nm", "both"),
+    Entry(
+        "ast-menu",
+        "ast",
+        "alternating sparse training of Sparse Cocktail's menu",
+        {"ladder": "unstructured+channel+n:m", "dense": True, "interleave": True},
+    ),
     *_ladders("acdc", "dense and sparse phases in turn", "unstructured", "channel", "nm"),
     *_ladders("spartan", "soft top-k masks", "unstructured"),
     *_ladders("sup-tickets", "averaged cheap tickets", "unstructured", base="rigl"),
