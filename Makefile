@@ -10,6 +10,7 @@ OUT ?=
 DEMO_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
 VENV := .venv
 EXTENSION := sparse_cocktail/_C.abi3.so
@@ -55,8 +56,8 @@ cuda-check: | $(SET_UP)  ## compile the CUDA kernels for all cards and read them
 gpu-smoke:  ## on a machine with a GPU: build, the tests of the masks, a short bench (2 minutes)
 	$(PYTHON) benchmarks/gpu.py smoke $(if $(OUT),--out "$(OUT)")
 
-gpu:  ## on a machine with a GPU: build, tests, all benchmarks (9 minutes)
-	$(PYTHON) benchmarks/gpu.py full $(if $(OUT),--out "$(OUT)")
+gpu:  ## build, tests, benchmarks on a GPU (9 minutes); GPU_ARGS="--skip tests --benches train serve"
+	$(PYTHON) benchmarks/gpu.py full $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 lint: $(TESTERS)  ## check style and format
 	$(PY) -m ruff check .

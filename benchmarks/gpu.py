@@ -2,6 +2,7 @@
 
     python3 benchmarks/gpu.py smoke            about two minutes
     python3 benchmarks/gpu.py full --out DIR   within nine
+    python3 benchmarks/gpu.py full --out DIR --skip tests --benches train serve
 
 It uses the interpreter that runs it, with that interpreter's own torch, and needs no network. Every
 step has a limit in seconds and the next one follows when it fails; the exit code is 1 if any did.
@@ -47,7 +48,8 @@ TESTS = {
         "test_nm*.py",
     ),
 }
-BENCHES = ("masks", "masked", "nm")
+BENCHES = ("masks", "masked", "nm", "train", "serve")
+FIRST = BENCHES[:3]  # what fits into one run; the others: --benches train serve --skip tests
 MOST = {"nm": 150}  # seconds of a bench, where it is less than its share
 # What of a bench fits: the whole of `masked` is some 260 groups, of `nm` some 430.
 PARTS = {
@@ -169,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal"
     )
     parser.add_argument("--skip", nargs="*", default=[], choices=("build", "tests", "bench"))
-    parser.add_argument("--benches", nargs="*", default=BENCHES, choices=BENCHES, help="only these")
+    parser.add_argument("--benches", nargs="*", default=FIRST, choices=BENCHES, help="only these")
     given = parser.parse_args(arguments)
     out = given.out.resolve() if given.out else None
     started, steps = time.monotonic(), []

@@ -29,6 +29,8 @@ _FLATTEN = {"flatten", "view", "reshape"}
 _ADD = {"add", "add_", "__add__", "__radd__", "__iadd__", "sub", "sub_", "__sub__", "__isub__"}
 _MULTIPLY = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "div", "div_", "__truediv__"}
 _JOIN = {"cat", "concat", "concatenate"}
+_QUESTIONS = {"__get__", "size", "dim", "numel", "stride", "__len__", "is_contiguous", "__hash__"}
+_QUESTIONS |= {"is_floating_point", "is_complex", "get_device", "element_size", "ndimension"}
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -223,8 +225,8 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         before = [self._of(t) for t in tensors_of((args, kwargs))] if not self.inside else []
-        result = func(*args, **kwargs)
-        if self.inside or not tensors_of(result):  # a question of shape or type, for one
+        result, name = func(*args, **kwargs), getattr(func, "__name__", "")
+        if self.inside or (name in _QUESTIONS and not tensors_of(result)):
             return result
         for tensor in tensors_of((args, kwargs)):
             if id(tensor) in self.owners:  # a weight that is used outside of its layer
@@ -234,7 +236,6 @@ class Watch(TorchFunctionMode):
         found = [channels for channels in before if channels is not None]
         if not found:
             return result
-        name = getattr(func, "__name__", "")
         channels = self._through(name, args, kwargs, found, result)
         if channels is None:
             for each in found:

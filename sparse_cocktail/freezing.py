@@ -28,6 +28,7 @@ class Frozen:
         self.weights = [layer.weight for layer in cocktail.layers.values()]
         self.vectors, self.layers = cocktail.channel_parameters()
         self.full = torch.cat([ones(weight).flatten() for weight in self.weights])
+        self.at_once = self.weights[0].is_cuda  # a launch for all, not work in place
         self.scratch: dict[tuple[int, str], Tensor] = {}
 
     @torch.no_grad()
@@ -59,7 +60,7 @@ class Frozen:
     def _pruned_weights(self, pruned: list[Tensor]) -> dict[tuple[int, str], Tensor]:
         found = self._tensors(self.weights)
         bits = [pruned[index] for index, _ in found]
-        if self.weights[0].is_cuda:  # a launch for all
+        if self.at_once:
             made = ops.masked_weights(list(found.values()), bits)
             return dict(zip(found, made, strict=True))
         for key, tensor in found.items():
@@ -85,7 +86,7 @@ class Frozen:
         """Give pruned weights and silent channels, moments included, their values of before."""
         found = self._tensors(self.weights)
         bits = [self.bits[index] for index, _ in found]
-        if self.weights[0].is_cuda:
+        if self.at_once:
             kept = ops.masked_weights(list(found.values()), bits)
             torch._foreach_copy_(list(found.values()), kept)
         else:

@@ -51,11 +51,13 @@ def moments(optimizer, parameter):
 
 @pytest.mark.parametrize("names", [("channel-0.5",), ("2:4",), SUBNETS[:2], SUBNETS])
 @pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_every_value_is_the_old_or_the_new_one(kind, channels_last, names):
+def test_every_value_is_the_old_or_the_new_one(kind, at_once, channels_last, names):
     cocktail = cocktail_of(channels_last)
     optimizer = OPTIMIZERS[kind](cocktail.model.parameters())
     frozen = Frozen(cocktail)
+    frozen.at_once = at_once  # as on a GPU
     for seed in range(3):  # moments are new in the first
         pairs = cocktail.kept_parameters(names)
         before = [copy.deepcopy(moments(optimizer, p)) for p, _ in pairs]

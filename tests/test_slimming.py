@@ -160,6 +160,12 @@ def unlike():
     return Unlike(6)
 
 
+def written(x):
+    """Channels that are zero in x are not in the result."""
+    x[:, 1] = 3.0
+    return x
+
+
 @pytest.mark.parametrize(
     "between",
     [
@@ -175,6 +181,8 @@ def unlike():
         Call(lambda x: x * torch.ones(6, 1, 1)),
         Call(lambda x: x.transpose(1, 2).transpose(1, 2)),
         Call(lambda x: x.view(-1, 6, 256)[..., None]),
+        Call(written),
+        Call(lambda x: x * float(len(x.tolist()[0]))),
         Call(lambda x: x.max(1, keepdim=True).values.expand(-1, 6, -1, -1)),
     ],
     ids=lambda b: type(b).__name__,
