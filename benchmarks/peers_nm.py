@@ -216,7 +216,8 @@ def _cusparselt_best(weight: Tensor, x: Tensor) -> Callable:
     packed = torch._cslt_compress(weight)
     padded = F.pad(x, (0, 0, 0, -x.shape[0] % 8)).t()  # as torch's subclass pads
     best = int(torch._cslt_sparse_mm_search(packed, padded, transpose_result=True))
-    sparse = SparseSemiStructuredTensorCUSPARSELT.from_dense(weight, alg_id=best)
+    sparse = SparseSemiStructuredTensorCUSPARSELT.from_dense(weight)
+    sparse.alg_id_cusparselt = best  # an argument of from_dense in newer versions only
     return lambda: F.linear(x, sparse)
 
 
