@@ -28,7 +28,7 @@ from sparse_cocktail.patterns import Channel, Unstructured, family, parse
 from sparse_cocktail.plots import PATTERNS, save_figure
 
 from gates import Verdict  # isort: skip - neighbours, not packages
-from groups_masked import Rounding, peak_bytes  # isort: skip
+from groups_masked import Rounding, exactly, peak_bytes  # isort: skip
 from machine import clocks, describe, result_name  # isort: skip
 from output import LIMIT, aligned, markdown, write  # isort: skip
 from shapes import Case  # isort: skip
@@ -111,7 +111,8 @@ class Menu:
         for name in self.cocktail.subnets:
             network = self._plain(name)
             found = network(some).float()
-            exact = network.to(wide)(some.to(wide))
+            with exactly():
+                exact = network.to(wide)(some.to(wide))
             gates[name] = Rounding([found], [exact], self.dtype, norm=2)
         return lambda out: gates[out.subnet](out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,7 @@ from peers_masked import DENSE, Way, layer_peers, mixed, plain_layer, product  #
 from shapes import Held, LayerInputs  # isort: skip
 from timing import Group, Impl  # isort: skip
 
-__all__ = ["OURS", "Dense", "Rounding", "layer_group", "peak_bytes", "places", "routes"]
+__all__ = ["OURS", "Dense", "Rounding", "exactly", "layer_group", "peak_bytes", "places", "routes"]
 __all__ += ["saved_bytes"]
 
 OURS = ("ours/op", "ours/module")  # as dispatched; a network has the second
@@ -33,6 +34,11 @@ Tensors = list[Tensor]
 
 class Dense(list):
     """Results of an implementation that has no mask."""
+
+
+def exactly() -> AbstractContextManager:
+    """Convolutions on a GPU without TF32: for what the others are compared with."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Rounding:

@@ -15,7 +15,7 @@ from sparse_cocktail.modules import masked_layers
 from sparse_cocktail.pruning import followers, prune_
 
 from gates import Verdict  # isort: skip - neighbours, not packages
-from groups_masked import Dense, Rounding, peak_bytes, places, saved_bytes  # isort: skip
+from groups_masked import Dense, Rounding, exactly, peak_bytes, places, saved_bytes  # isort: skip
 from peers_masked import DENSE, PRUNE, pruned_network  # isort: skip
 from shapes import Case, like_weight  # isort: skip
 from timing import Bound, Group, Impl  # isort: skip
@@ -77,8 +77,9 @@ def _gate(networks: Networks, makes: Iterable[Make]) -> Rounding:
         passes = []
         for make in makes:
             model = make(plain)
-            loss, logits = networks.loss(model, wide)
-            loss.backward()
+            with exactly():
+                loss, logits = networks.loss(model, wide)
+                loss.backward()
             passes.append([logits.detach(), *watched(model)])
         results.append([torch.stack(same).sum(0) for same in zip(*passes, strict=True)])
     return Rounding(*results, torch.bfloat16 if gpu else torch.float32, norm=2)

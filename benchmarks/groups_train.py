@@ -23,7 +23,7 @@ from sparse_cocktail.preparation import new_optimizer
 from sparse_cocktail.pruning import followers
 
 from gates import Verdict, equals  # isort: skip - neighbours, not packages
-from groups_masked import Dense, Rounding, peak_bytes, saved_bytes  # isort: skip
+from groups_masked import Dense, Rounding, exactly, peak_bytes, saved_bytes  # isort: skip
 from groups_networks import watched  # isort: skip
 from peers_masked import DENSE, PRUNE, pruned_network  # isort: skip
 from shapes import Case, like_weight  # isort: skip
@@ -280,9 +280,7 @@ class Bench:
         training, wide = self.training, self.training.wide
         dtype = torch.bfloat16 if training.gpu else torch.float32
         made = {}
-        # every op by its definition, and on a GPU no TF32
-        exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-        with ops.backend("reference"), exactly:
+        with ops.backend("reference"), exactly():  # every op by its definition
             own = EngineSteps(training, wide, self.engine)
             torchs = TorchSteps(training, pruned, wide)
             exact = {pair: (Record(own, pair), Record(torchs, pair)) for pair in (True, False)}
