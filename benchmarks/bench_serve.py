@@ -73,6 +73,9 @@ class Menu:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             plain = models.build(network, {"inputs": self.shape[0]}).eval()
+            for weight in plain.parameters():
+                if weight.dim() > 1:  # with tails, as trained ones: no layer loses all of them
+                    nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
             self.example = torch.randn(1, *self.shape)
         self.cocktail = Cocktail(convert(copy.deepcopy(plain), channels_last=True))
         for name in subnets:
