@@ -35,6 +35,8 @@ class Networks:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             self.plain = models.build(name, {"inputs": shape[1]})
+            for weight in (p.data for p in self.plain.parameters() if p.dim() > 1):
+                weight.normal_(std=weight[0].numel() ** -0.5)  # with tails: no layer dies
             self.x = torch.randn(shape)
             self.target = torch.randint(0, 10, shape[:1])
         self.plain.to(device, memory_format=torch.channels_last).train()
