@@ -104,6 +104,7 @@ class _Turns:
                 stacklevel=2,
             )
         self._rest()
+        self._frozen = None  # the model may have moved since another training
         dense = cocktail.subnets["dense"]
         if dense.statistics:  # of a loaded menu: from here on they are trained
             present, dense.statistics = dense.statistics, None
