@@ -33,7 +33,7 @@ TESTERS := $(VENV)/.testers
 endif
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test bench cuda-check gpu gpu-smoke lint clean
+.PHONY: help demo test bench cuda-check gpu gpu-smoke gpu-proof lint clean
 .DELETE_ON_ERROR:
 
 help:  ## list the targets (the default)
@@ -52,12 +52,15 @@ bench: $(EXTENSION)  ## time the mask ops on this CPU; BENCH_ARGS="--cases resne
 cuda-check: | $(SET_UP)  ## compile the CUDA kernels for all cards and read them; needs nvcc, no GPU
 	$(PY) tests/cuda_check.py $(if $(OUT),--out "$(OUT)")
 
-# Both use PYTHON with its own torch, as SYSTEM_TORCH=1 does, and build, test and measure in one go.
+# These use PYTHON with its own torch, as SYSTEM_TORCH=1 does, and do all in one go.
 gpu-smoke:  ## on a machine with a GPU: build, the tests of the masks, a short bench (2 minutes)
 	$(PYTHON) benchmarks/gpu.py smoke $(if $(OUT),--out "$(OUT)")
 
 gpu:  ## build, tests, benchmarks on a GPU (9 minutes); GPU_ARGS="--skip tests --benches train serve"
 	$(PYTHON) benchmarks/gpu.py full $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
+
+gpu-proof:  ## on a machine with a GPU: every tile of the 2:4 kernels, under checkers and profiler
+	$(PYTHON) benchmarks/gpu.py proof $(if $(OUT),--out "$(OUT)") $(GPU_ARGS)
 
 lint: $(TESTERS)  ## check style and format
 	$(PY) -m ruff check .

@@ -1,8 +1,10 @@
-"""`make gpu-smoke` and `make gpu`: build, test and measure on a machine with a GPU, in one go.
+"""`make gpu-smoke`, `make gpu`, `make gpu-proof`: build, test and measure on a machine with a GPU.
 
     python3 benchmarks/gpu.py smoke            about two minutes
     python3 benchmarks/gpu.py full --out DIR   within nine
     python3 benchmarks/gpu.py full --out DIR --skip tests --benches train serve
+    python3 benchmarks/gpu.py proof --out DIR  the 2:4 kernels alone, within nine: every tile, under
+                                               compute-sanitizer, with ncu's counters, torch's tile
 
 It uses the interpreter that runs it, with that interpreter's own torch, and needs no network. Every
 step has a limit in seconds and the next one follows when it fails; the exit code is 1 if any did.
@@ -13,8 +15,10 @@ Results (JSON and Markdown per bench, log of the tests) go to DIR, or else to be
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,10 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOTAL = {"smoke": 240, "full": 530}  # seconds in all: `make gpu` ends within nine minutes
+# Seconds in all: each ends within nine minutes.
+TOTAL = {"smoke": 240, "full": 530, "proof": 530}
 LIMITS = {  # seconds of a step at most; what is left of the total cuts it too
     "smoke": {"build": 120, "tests": 150, "bench": 80},
     "full": {"build": 150, "tests": 210, "bench": 400},
+    "proof": {"build": 150, "tests": 90, "memcheck": 90, "racecheck": 90, "counters": 80}
+    | {"both-ways": 60},
 }
 # Tests that run ops, banks and modules on every device that a backend has. Patterns, because a
 # family may have several files and some come later.
@@ -47,7 +54,10 @@ TESTS = {
         "test_gpu*.py",
         "test_nm*.py",
     ),
+    "proof": ("test_gpu_nm.py",),
 }
+# Of the proof's tests, those that a checker of memory and races repeats a hundred times slower.
+CHECKED = "exact_for_integers and 137 or as_accurate or edges"
 BENCHES = ("masks", "masked", "nm", "train", "serve")
 FIRST = BENCHES[:3]  # what fits into one run; the others: --benches train serve --skip tests
 MOST = {"nm": 150}  # seconds of a bench, where it is less than its share
@@ -80,15 +90,22 @@ def run(name: str, command: Sequence[str], limit: float, log: Path | None = None
     print(f"== {name}", flush=True)
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    if command[0].endswith("compute-sanitizer"):
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # what lies beside a tensor is nobody's
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    except FileNotFoundError:
+        says = f"{command[0]} is not installed here"
+        print(says, flush=True)
+        return Step(name, 127, 0.0, says)
     try:
         output, _ = process.communicate(timeout=max(limit, 1.0))
         code = process.returncode
@@ -131,12 +148,8 @@ def tests(kind: str) -> list[str]:
 def pytest_command(kind: str) -> list[str]:
     """Tests of the GPU part, in several processes where pytest-xdist is there."""
     options = ["-q", "--no-header", "-p", "no:cacheprovider", "--tb=short", "-rfE"]
-    try:
-        import xdist  # noqa: F401
-
+    if has_xdist():
         options += ["-n", str(min(14, os.cpu_count() or 1))]
-    except ImportError:
-        pass
     if kind == "smoke":
         options += ["-m", "not slow"]
     return [sys.executable, "-m", "pytest", *options, *tests(kind)]
@@ -154,6 +167,38 @@ def bench_command(bench: str, kind: str, device: str, out: Path | None) -> list[
     return command
 
 
+def proof_commands(out: Path | None) -> dict[str, list[str]]:
+    """What the proof runs besides the tests: checkers of memory and races, counters, torch's tile.
+
+    A tool that is not installed fails its step, as one that the machine does not let run does.
+    """
+    out = out or ROOT / "runs" / "gpu-proof"
+    out.mkdir(parents=True, exist_ok=True)
+    program = [sys.executable, "benchmarks/proof.py"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    pytest += ["-n", "0"] if has_xdist() else []
+    checker = [cuda_tool("compute-sanitizer"), "--error-exitcode", "9", "--kernel-name", "kns=nm_"]
+    commands = {
+        tool: [*checker, "--tool", tool, *pytest, "-k", CHECKED, *tests("proof")]
+        for tool in ("memcheck", "racecheck")
+    }
+    counters = "--clock-control none -k regex:nm_ --set detailed --csv --page details"
+    log = ["--log-file", str(out / "counters.csv")]
+    commands["counters"] = [cuda_tool("ncu"), *counters.split(), *log, *program, "calls"]
+    commands["both-ways"] = [*program, "both-ways", "--out", str(out / "both-ways.json")]
+    return commands
+
+
+def cuda_tool(name: str) -> str:
+    """A program of the CUDA toolkit: on PATH, else beside nvcc's usual place."""
+    usual = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / name
+    return shutil.which(name) or (str(usual) if usual.is_file() else name)
+
+
+def has_xdist() -> bool:
+    return importlib.util.find_spec("xdist") is not None
+
+
 def collect(steps: Sequence[Step]) -> str:
     """The closing table."""
     lines = ["", "step      state      seconds  last line"]
@@ -165,7 +210,7 @@ def collect(steps: Sequence[Step]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run all steps; 0 when every one did."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("smoke", "full"))
+    parser.add_argument("kind", choices=tuple(TOTAL))
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a rehearsal"
@@ -186,9 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps.append(run("build", command, left("build")))
     if "tests" not in given.skip:
         log = out / "tests.log" if out else None
-        reserve = 60 if given.kind == "smoke" else 260  # for the measurements
+        reserve = 60 if given.kind == "smoke" else 260  # for what follows
         steps.append(run("tests", pytest_command(given.kind), left("tests", reserve), log))
-    if "bench" not in given.skip:
+    if given.kind == "proof":
+        for name, command in proof_commands(out).items():
+            log = out / f"{name}.log" if out else None
+            steps.append(run(name, command, left(name), log))
+    elif "bench" not in given.skip:
         for place, bench in enumerate(given.benches):
             share = left("bench") / (len(given.benches) - place)
             share = min(share, MOST.get(bench, share))

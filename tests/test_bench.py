@@ -481,5 +481,10 @@ def test_the_steps_of_make_gpu(tmp_path, capsys):
     late = gpu.run("three", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
     assert (failed.state, late.state) == ("FAILED", "timed out")
     assert "three" in gpu.collect([done, failed, late]).splitlines()[-1]
+    missing = gpu.run("four", ["no-such-tool"], 20)
+    assert (missing.code, missing.says) == (127, "no-such-tool is not installed here")
+    commands = gpu.proof_commands(tmp_path)
+    assert set(commands) == set(gpu.LIMITS["proof"]) - {"build", "tests"}
+    assert all("tests/test_gpu_nm.py" in commands[tool] for tool in ("memcheck", "racecheck"))
     assert "tests/test_masks.py" in gpu.tests("smoke") and "tests/test_bank.py" in gpu.tests("full")
     capsys.readouterr()

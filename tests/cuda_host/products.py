@@ -11,7 +11,7 @@ ACTIVATIONS = ("none", "relu", "gelu")
 
 def framed(tensor):
     """A copy inside NaN: what is read beside it spoils the result."""
-    frame = torch.full((tensor.numel() + 64,), float("nan"), dtype=tensor.dtype)
+    frame = tensor.new_full((tensor.numel() + 64,), float("nan"))
     inner = frame[32 : 32 + tensor.numel()].view(tensor.shape)
     inner.copy_(tensor)
     return inner
