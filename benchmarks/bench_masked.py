@@ -20,19 +20,20 @@ from typing import Any
 
 import torch
 
-from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.files import read_json
 from sparse_cocktail.ops import routes
 from sparse_cocktail.patterns import parse
 
 from groups_masked import OURS, layer_group  # isort: skip - neighbours, not packages
 from groups_networks import PREMASKED, Networks, loop_group, network_group  # isort: skip
-from machine import cache_bytes, clocks, describe, result_name  # isort: skip
-from output import aligned, draw_bars, groups, markdown, write  # isort: skip
+from machine import cache_bytes  # isort: skip
+from output import aligned, draw_bars, groups  # isort: skip
 from peers_masked import DENSE, PRUNE  # isort: skip
+from record import Record, known, place_of, report  # isort: skip
+from record import failures as all_failures  # isort: skip
 from shapes import LAYERS, Layer, LayerInputs, layers_of  # isort: skip
 from timing import Plan, broken, measure, runner  # isort: skip
 
-RESULTS = Path(__file__).resolve().parent / "results" / "masked"
 CASES = ("network", *(name for name in LAYERS if name != "small"))
 PATTERN = "unstructured-0.8"  # of layers
 PATTERNS = (PATTERN, "2:4", "channel-0.5")  # of the network
@@ -69,13 +70,6 @@ MEMORY = {
 }
 
 
-def _known(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"bench masked: {what}={name!r} is unknown; use {', '.join(known)}")
-    return list(given)
-
-
 def default_dtypes(gpu: bool) -> list[str]:
     """bf16 on a GPU; fp32 on the CPU, and bf16 where its products are instructions."""
     if gpu:
@@ -84,25 +78,23 @@ def default_dtypes(gpu: bool) -> list[str]:
 
 
 class _Run:
-    """What the parts of a run share: the result so far, and where it is written."""
+    """What the parts of a run share."""
 
-    def __init__(self, place: torch.device, folder: Path, quick: bool, tell: Callable) -> None:
-        self.place, self.quick, self.tell = place, quick, tell
+    def __init__(self, record: Record, quick: bool, tell: Callable) -> None:
+        self.record, self.place, self.quick, self.tell = record, record.place, quick, tell
+        place = record.place
         self.plan = Plan(seconds=0.5 if place.type == "cpu" else 0.2, many=10, most=40)
         if quick:
             self.plan = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
         self.clock, self.cache = runner(place), 0 if quick else cache_bytes()
-        facts = {**describe(place), "memory": MEMORY[place.type]}
-        self.result = {"format": 1, "bench": "masked", "environment": facts, "ratios": []}
-        self.result["rows"] = []
-        self.path = folder / f"{result_name(place)}.json"
+        record.environment["memory"] = MEMORY[place.type]
 
     def add(self, op: str, inputs: Any, make: Callable, extra: dict[str, Any]) -> None:
         """Measure one group and write what there is."""
         try:
             group, memory = make()
         except Exception as error:  # noqa: BLE001 - such as no memory: the other groups go on
-            self.result["rows"].append({**broken(op, inputs.case.name, error), **extra})
+            self.record.add([{**broken(op, inputs.case.name, error), **extra}])
             return
         self.tell(f"{inputs.case.name}: {group.op} {group.setting}")
         rows = measure(group, inputs, self.plan, self.clock)
@@ -111,12 +103,7 @@ class _Run:
             row["memory_bytes"] = None
             if row["ok"] and row["impl"] in memory:
                 row["memory_bytes"] = memory[row["impl"]]()
-        self.result["rows"] += rows
-        self.save()
-
-    def save(self) -> None:
-        self.result["ratios"] = ratios(self.result["rows"])
-        write(self.path, self.result)  # whatever ends the run, this much is there
+        self.record.add(rows)
 
 
 def _layers(run: _Run, network: str, layers: list[Layer], dtypes: list[str], passes) -> None:
@@ -183,25 +170,22 @@ def run(
     Returns:
         The benchmark's content and the files written.
     """
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench masked: device=cuda, but torch sees no GPU here; use --device cpu")
-    cases = _known("case", cases, (*CASES, "small")) or (["network", "small"] if quick else CASES)
-    dtypes = _known("dtype", dtypes, list(DTYPES)) or default_dtypes(place.type == "cuda")
-    passes = _known("pass", passes, list(PASSES)) or list(PASSES)
-    if threads:
-        torch.set_num_threads(threads)
-    state = _Run(place, out or RESULTS, quick, tell)
+    what = "bench masked"
+    place = place_of(what, device, threads)
+    usual = ["network", "small"] if quick else CASES
+    cases = known(what, "case", cases, (*CASES, "small")) or usual
+    dtypes = known(what, "dtype", dtypes, list(DTYPES)) or default_dtypes(place.type == "cuda")
+    passes = known(what, "pass", passes, list(PASSES)) or list(PASSES)
+    record = Record("masked", place, out, lambda result: ratios(result["rows"]))
+    state = _Run(record, quick, tell)
     for case in cases:
         if case == "network":
             _network(state, batch, passes)
         else:
             layers = layers_of(case, place.type == "cuda", batch)
             _layers(state, case, layers, list(dtypes), passes)
-        if place.type == "cuda":
-            state.result["environment"]["clocks_end"] = clocks()
-    state.save()
-    return state.result, redraw(state.path, pictures)
+    record.save()
+    return record.result, redraw(record.path, pictures)
 
 
 # ---- ratios --------------------------------------------------------------------------------------
@@ -340,17 +324,10 @@ def summary(result: dict[str, Any]) -> str:
 def redraw(path: Path, pictures: bool = True) -> list[Path]:
     """Markdown and a picture beside a benchmark JSON, from its rows alone."""
     result = read_json(path)
-    facts = result["environment"]
-    title = f"Masked layers on {facts.get('gpu', facts['cpu'])}, {facts['threads']} threads"
-    remarks = [remark.format(memory=facts["memory"]) for remark in REMARKS]
+    remarks = [remark.format(memory=result["environment"]["memory"]) for remark in REMARKS]
     remarks += ["", "## In units of the layer without a mask", ""]
     cells = table_of_ratios(ratios(result["rows"]))
-    cells.insert(1, ["---"] * len(cells[0]))
-    remarks += ["| " + " | ".join(line) + " |" for line in cells]
-    text = markdown(result, title, remarks)
-    table = path.with_suffix(".md")
-    write_atomic(table, lambda file: file.write(text.encode()))
-    made = [path, table]
+    made = report(path, result, "Masked layers", remarks, cells)
     if pictures and result["rows"]:
         made.append(draw_bars(path.with_suffix(".png"), result, _panels(result)))
     return made
@@ -370,8 +347,7 @@ def _panels(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def failures(result: dict[str, Any]) -> list[dict]:
     """Rows of ours that were wrong or broke; a route may refuse what it cannot compute."""
-    ours = [r for r in result["rows"] if r["impl"].startswith("ours/") and not r["ok"]]
-    return [r for r in ours if r["error_bound"] or not r["impl"].startswith("ours/route")]
+    return [r for r in all_failures(result) if r["error_bound"] or not _is_route(r)]
 
 
 if __name__ == "__main__":

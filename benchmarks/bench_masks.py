@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.files import read_json
 
 from groups_masks import GROWTH, makers  # isort: skip - neighbours, not packages
-from machine import cache_bytes, clocks, describe, memory_bytes, result_name  # isort: skip
-from output import draw_bars, draw_growth, groups, markdown, write  # isort: skip
+from machine import cache_bytes, memory_bytes  # isort: skip
+from output import aligned, draw_bars, draw_growth, groups, overview  # isort: skip
+from record import Record, known, place_of, report  # isort: skip
 from shapes import CASES, Inputs  # isort: skip
 from timing import LIMITS, Plan, broken, measure, runner  # isort: skip
 
-RESULTS = Path(__file__).resolve().parent / "results" / "masks"
 LISTS = ("resnet50", "vit-b16", "resnet50-contiguous", "resnet50-bf16")
 GRAPH_LIMIT = 2e8  # weights above which peers are eager only: a graph holds its temporaries
 QUICK = ("small", "1e4", "1e5")
@@ -71,13 +71,6 @@ def default_cases(gpu: bool, quick: bool) -> list[str]:
     return [first, "1e6", "1e7", "1e8", *(["1e9"] if gpu else []), *others]
 
 
-def _known(what: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"bench masks: {what}={name!r} is unknown; use {', '.join(known)}")
-    return list(given)
-
-
 def run(
     out: Path | None = None,
     device: str = "cpu",
@@ -100,21 +93,17 @@ def run(
     Returns:
         The benchmark's content and the files written.
     """
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench masks: device=cuda, but torch sees no GPU here; use --device cpu")
-    cases = _known("case", cases, list(CASES)) or default_cases(place.type == "cuda", quick)
-    only = _known("op", only, OPS) or list(OPS)
-    if threads:
-        torch.set_num_threads(threads)
+    what = "bench masks"
+    place = place_of(what, device, threads)
+    cases = known(what, "case", cases, list(CASES)) or default_cases(place.type == "cuda", quick)
+    only = known(what, "op", only, OPS) or list(OPS)
     plan = Plan(seconds=1.0 if place.type == "cpu" else 0.3)
     if quick:
         plan = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
     if warm:
         plan = replace(plan, rounds=1)
-    environment = {**describe(place), "warm": warm}
-    result = {"format": 1, "bench": "masks", "environment": environment, "rows": []}
-    folder, name = out or RESULTS, result_name(place) + ("-warm" if warm else "")
+    record = Record("masks", place, out, suffix="-warm" if warm else "")
+    record.environment["warm"] = warm
     clock, cache = runner(place), 0 if quick else cache_bytes()  # quick: two sets of weights
     for case in cases:
         wanted = [pair for pair in makers(case) if pair[0] in only]
@@ -128,30 +117,27 @@ def run(
                 inputs.first()
                 group = make(inputs.sets[0])
             except Exception as error:  # noqa: BLE001 - such as no memory: the other groups go on
-                result["rows"].append(broken(op, case, error))
+                record.add([broken(op, case, error)])
                 continue
             tell(f"{case}: {group.op} {group.setting}")
             for impl in group.impls if inputs.case.numel > GRAPH_LIMIT else ():
                 impl.graph = impl.graph and (impl.ours or impl.name in LIMITS)
-            result["rows"] += measure(group, inputs, plan, clock)
-            write(folder / f"{name}.json", result)  # whatever ends the run, this much is there
-        if place.type == "cuda":
-            environment["clocks_end"] = clocks()
-        write(folder / f"{name}.json", result)
-        redraw(folder / f"{name}.json", pictures=False)
-    return result, redraw(folder / f"{name}.json", pictures)
+            record.add(measure(group, inputs, plan, clock))
+        record.save()
+        redraw(record.path, pictures=False)
+    return record.result, redraw(record.path, pictures)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The fastest of ours in each group, as text in columns."""
+    return aligned(overview(result["rows"], short=True))
 
 
 def redraw(path: Path, pictures: bool = True) -> list[Path]:
     """Markdown and pictures beside a benchmark JSON, from its rows alone."""
     result = read_json(path)
-    facts = result["environment"]
-    title = f"Mask ops on {facts.get('gpu', facts['cpu'])}, {facts['threads']} threads"
-    order = WARM if facts.get("warm") else COLD
-    text = markdown(result, title, [remark.format(order=order) for remark in REMARKS])
-    table = path.with_suffix(".md")
-    write_atomic(table, lambda file: file.write(text.encode()))
-    made = [path, table]
+    order = WARM if result["environment"].get("warm") else COLD
+    made = report(path, result, "Mask ops", [remark.format(order=order) for remark in REMARKS])
     if pictures and result["rows"]:
         made.append(draw_bars(path.with_suffix(".png"), result, _panels(result)))
         sizes = [r["weights"] for r in result["rows"] if _of_growth(r)]

@@ -26,16 +26,16 @@ from sparse_cocktail.patterns import NM, parse
 
 from groups_compress import SHORT, compress_cases, makers  # isort: skip - neighbours, not packages
 from groups_nm import LAYERS, NMInputs, host_us, layers, linear_group  # isort: skip
-from machine import cache_bytes, clocks, describe, memory_bytes, result_name  # isort: skip
+from machine import cache_bytes, memory_bytes  # isort: skip
 from nm_tables import ratios, redraw, summary  # isort: skip
-from output import write  # isort: skip
 from peers_nm import NotHere  # isort: skip
+from record import Record, known, one_or_more, place_of  # isort: skip
+from record import failures as all_failures  # isort: skip
 from shapes import Inputs, Layer  # isort: skip
 from timing import Plan, broken, measure, runner  # isort: skip
 
 __all__ = ["choices", "failures", "redraw", "run", "save", "summary", "tune"]
 
-RESULTS = Path(__file__).resolve().parent / "results" / "nm"
 CASES = ("compress", *(name for name in LAYERS if name != "small"))
 ROWS = {"cuda": tuple(2**i for i in range(15)), "cpu": tuple(2**i for i in range(11))}
 PATTERNS = {"cuda": ("2:4",), "cpu": ("2:4", "4:8")}
@@ -66,12 +66,11 @@ class Sweep(NamedTuple):
 
 
 class _Run:
-    """What the parts of a run share: the result so far, and where it is written."""
+    """What the parts of a run share."""
 
-    def __init__(
-        self, place: torch.device, folder: Path | None, quick: bool, tell: Callable
-    ) -> None:
-        self.place, self.quick, self.tell = place, quick, tell
+    def __init__(self, record: Record, quick: bool, tell: Callable) -> None:
+        self.record, self.place, self.quick, self.tell = record, record.place, quick, tell
+        place = record.place
         few = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
         if place.type == "cpu":
             self.plan = few if quick else Plan(seconds=0.2, many=20, most=40)
@@ -80,9 +79,6 @@ class _Run:
             self.plan = few if quick else Plan(seconds=0.03, many=10, most=30, rounds=5)
             self.compress_plan = self.plan
         self.clock, self.cache = runner(place), 0 if quick else cache_bytes()
-        self.result = {"format": 1, "bench": "nm", "environment": describe(place), "ratios": []}
-        self.result["rows"] = []
-        self.path = None if folder is None else folder / f"{result_name(place)}.json"
 
     def compress(self) -> None:
         memory = memory_bytes() // 8
@@ -97,11 +93,10 @@ class _Run:
                 try:
                     group = make(inputs.sets[0])
                 except Exception as error:  # noqa: BLE001 - such as no memory: the others go on
-                    self.result["rows"].append(broken("nm_compress", case.name, error))
+                    self.record.add([broken("nm_compress", case.name, error)])
                     continue
                 self.tell(f"{case.name}: {group.op} {group.setting}")
-                self.result["rows"] += measure(group, inputs, self.compress_plan, self.clock)
-                self.save()
+                self.record.add(measure(group, inputs, self.compress_plan, self.clock))
 
     def layer(self, network: str, name: str, shape: tuple[int, int], sweep: Sweep) -> None:
         """One layer at every pattern, dtype and number of rows."""
@@ -116,7 +111,7 @@ class _Run:
                         at = pattern, dtype, rows, memory
                         found = self._product(network, name, shape, at, sweep, inputs)
                         inputs = found if memory == "cold" else inputs
-                self.save()
+                self.record.save()
 
     def _product(self, network: str, name: str, shape, at: tuple, sweep: Sweep, before):
         """One group of products; its inputs, whose weights the next one may take over."""
@@ -133,11 +128,11 @@ class _Run:
             group, facts = linear_group(inputs, sweep.tiles, sweep.every and memory == "cold")
         except Exception as error:  # noqa: BLE001 - such as no memory: the other sizes go on
             row = {**broken("nm_linear", case, error), **extra, "route": None}
-            self.result["rows"].append(row)
+            self.record.rows.append(row)
             return before
         self.tell(case)
         for row in measure(group, inputs, self.plan, self.clock):
-            self.result["rows"].append({**row, **extra, **facts[row["impl"]]})
+            self.record.rows.append({**row, **extra, **facts[row["impl"]]})
         if self.place.type == "cuda":
             self._host(group, inputs)
         return inputs
@@ -145,18 +140,11 @@ class _Run:
     def _host(self, group, inputs) -> None:
         """What the host needs for a call, in the rows of eager mode."""
         count = sum(1 + impl.graph for impl in group.impls)
-        found = {row["impl"]: row for row in self.result["rows"][-count:] if row["mode"] == "eager"}
+        found = {row["impl"]: row for row in self.record.rows[-count:] if row["mode"] == "eager"}
         for impl in group.impls:
             row = found.get(impl.name)
             if row and row["ok"]:
                 row["host_us"] = host_us(impl, inputs.sets[0])
-
-    def save(self) -> None:
-        if self.place.type == "cuda":
-            self.result["environment"]["clocks_end"] = clocks()
-        self.result["ratios"] = ratios(self.result)
-        if self.path is not None:
-            write(self.path, self.result)  # whatever ends the run, this much is there
 
 
 @contextmanager
@@ -184,20 +172,6 @@ def _kept_memory() -> Iterator[None]:
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _known(what: str, argument: str, given: Sequence[str], known: Sequence[str]) -> list[str]:
-    for name in given:
-        if name not in known:
-            raise ValueError(f"{what}: {argument}={name!r} is unknown; use {', '.join(known)}")
-    return list(given)
-
-
-def _place(what: str, device: str) -> torch.device:
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{what}: device=cuda, but torch sees no GPU here; use --device cpu")
-    return place
-
-
 def _sweep(
     what: str,
     place: torch.device,
@@ -208,16 +182,14 @@ def _sweep(
     **how,
 ) -> Sweep:
     """Arguments of a run, with what they are where they are not given."""
-    wrong = [count for count in rows if count < 1]
-    if wrong:
-        raise ValueError(f"{what}: rows={wrong[0]} is not 1 or more; for example --rows 1,16,256")
-    rows = tuple(rows) or (QUICK_ROWS if quick else ROWS[place.type])
+    usual = QUICK_ROWS if quick else ROWS[place.type]
+    rows = one_or_more(what, "rows", rows, "--rows 1,16,256") or usual
     found = []
     for name in patterns or PATTERNS[place.type]:
         found.append(parse(name))
         if not isinstance(found[-1], NM):
             raise ValueError(f"{what}: pattern={name!r} is not N:M such as 2:4")
-    names = _known(what, "dtype", dtypes, list(DTYPES))
+    names = known(what, "dtype", dtypes, list(DTYPES))
     if not names:
         fast = place.type == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
         names = ["bf16"] if place.type == "cuda" else ["fp32", *(["bf16"] if fast else [])]
@@ -252,16 +224,15 @@ def run(
         The benchmark's content and the files written.
     """
     what = "bench nm"
-    place = _place(what, device)
+    place = place_of(what, device, threads)
     gpu = place.type == "cuda"
-    cases = _known(what, "case", cases, (*CASES, "small"))
+    cases = known(what, "case", cases, (*CASES, "small"))
     if not cases:
         cases = [name for name in CASES if gpu or name not in ("square", "vit-l16")]
         cases = ["compress", "small"] if quick else cases
     sweep = _sweep(what, place, quick, rows, patterns, dtypes, tiles=tiles)
-    if threads:
-        torch.set_num_threads(threads)
-    state = _Run(place, out or RESULTS, quick, tell)
+    record = Record("nm", place, out, ratios)
+    state = _Run(record, quick, tell)
     with _kept_memory():
         for case in cases:
             if case == "compress":
@@ -270,8 +241,8 @@ def run(
             own = (SQUARE_ROWS,) if case == "square" and not rows else sweep.rows
             for name, *shape in layers(case, gpu):
                 state.layer(case, name, tuple(shape), sweep._replace(rows=own))
-    state.save()
-    return state.result, redraw(state.path, pictures)
+    record.save()
+    return record.result, redraw(record.path, pictures)
 
 
 def tune(
@@ -295,7 +266,7 @@ def tune(
         The rows in a result as of `run`, and the table's path.
     """
     what = "tune"
-    place = _place(what, device)
+    place = place_of(what, device, threads)
     rows = rows or TUNE_ROWS[place.type]
     sweep = _sweep(what, place, False, rows, patterns, dtypes, every=False)
     most = max(pattern.m for pattern in sweep.patterns)
@@ -305,13 +276,12 @@ def tune(
                 f"tune: layer {out}x{ins} is not OUTxIN with IN a multiple of m={most}; leave it "
                 "out, it stays dense"
             )
-    if threads:
-        torch.set_num_threads(threads)
-    state = _Run(place, None, quick, tell)
+    record = Record("nm", place, saved=False)
+    state = _Run(record, quick, tell)
     with _kept_memory():
         for shape in shapes or (GRID if place.type == "cuda" else GRID_ON_CPU):
             state.layer("layer", "", tuple(shape), sweep)
-    return state.result, save(state.result)
+    return record.result, save(record.result)
 
 
 # ---- choices -------------------------------------------------------------------------------------
@@ -345,8 +315,8 @@ def save(result: dict[str, Any]) -> Path:
 
 def failures(result: dict[str, Any]) -> list[dict]:
     """Rows of ours that were wrong or broke; not those of what this machine does not have."""
-    ours = [r for r in result["rows"] if r["impl"].startswith("ours/") and not r["ok"]]
-    return [row for row in ours if not row["note"].startswith(NotHere.__name__)]
+    absent = NotHere.__name__
+    return [row for row in all_failures(result) if not row["note"].startswith(absent)]
 
 
 if __name__ == "__main__":

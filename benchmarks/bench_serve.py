@@ -22,19 +22,20 @@ from torch import Tensor, nn
 
 from sparse_cocktail import Cocktail, convert, models, prune_
 from sparse_cocktail.costs import state_bytes
-from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.files import read_json
 from sparse_cocktail.methods.menu import ladder
 from sparse_cocktail.patterns import Channel, Unstructured, family, parse
 from sparse_cocktail.plots import PATTERNS, save_figure
 
 from gates import Verdict  # isort: skip - neighbours, not packages
 from groups_masked import Rounding, exactly, peak_bytes  # isort: skip
-from machine import clocks, describe, result_name  # isort: skip
-from output import LIMIT, aligned, markdown, write  # isort: skip
+from output import LIMIT, aligned  # isort: skip
+from record import Record, failures, known, one_or_more, place_of, report, title  # isort: skip
 from shapes import Case  # isort: skip
 from timing import Group, Impl, Plan, broken, measure, runner  # isort: skip
 
-RESULTS = Path(__file__).resolve().parent / "results" / "serve"
+__all__ = ["failures", "redraw", "run", "summary"]
+
 NETWORKS = {"resnet50": (3, 224, 224), "resnet18": (3, 32, 32), "resnet8": (1, 8, 8)}
 BATCHES = {"cuda": (1, 8, 64, 256), "cpu": (1, 8)}
 MENU = tuple(map(str, ladder("unstructured+channel+n:m", 10)))
@@ -170,7 +171,7 @@ def run(
     threads: int | None = None,
     network: str = "",
     subnets: Sequence[str] = (),
-    batches: Sequence[int] = (),
+    batch: Sequence[int] = (),
     pictures: bool = True,
     tell: Callable[[str], None] = print,
 ) -> tuple[dict[str, Any], list[Path]]:
@@ -181,45 +182,34 @@ def run(
         quick: a small network and menu, few samples.
         network: of NETWORKS (default: resnet50).
         subnets: patterns (default: the 23 of Sparse Cocktail).
-        batches: images (default: 1, 8, 64 and 256 on a GPU, 1 and 8 on the CPU).
+        batch: images (default: 1, 8, 64 and 256 on a GPU, 1 and 8 on the CPU).
 
     Returns:
         The benchmark's content and the files written.
     """
-    place, network = torch.device(device), network or ("resnet8" if quick else "resnet50")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench serve: device=cuda, but torch sees no GPU here; use --device cpu")
-    if network not in NETWORKS:
-        known = ", ".join(NETWORKS)
-        raise ValueError(f"bench serve: network={network!r} is unknown; use {known}")
-    if wrong := [batch for batch in batches if batch < 1]:
-        raise ValueError(f"bench serve: batch={wrong[0]} is not 1 or more; for example 1,8")
-    if threads:
-        torch.set_num_threads(threads)
+    what = "bench serve"
+    place = place_of(what, device, threads)
+    (network,) = known(what, "network", [network or ("resnet8" if quick else "resnet50")], NETWORKS)
+    batches = one_or_more(what, "batch", batch, "1,8") or ((2,) if quick else BATCHES[place.type])
     plan = Plan(seconds=0.5, few=5, many=8, most=30, fast=0.25)
     if quick:
         plan = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
-    result = {"format": 1, "bench": "serve", "environment": describe(place), "ratios": []}
-    result |= {"network": network, "rows": []}
-    path = (out or RESULTS) / f"{result_name(place)}.json"
+    summarize = {"ratios": lambda result: ratios(result["rows"])}
+    record = Record("serve", place, out, **summarize, network=network)
     tell(f"{network}: exporting the menu")
     menu = Menu(network, subnets or (QUICK_MENU if quick else MENU), place)
-    for batch in batches or ((2,) if quick else BATCHES[place.type]):
-        tell(f"{network}, batch {batch}")
+    for size in batches:
+        tell(f"{network}, batch {size}")
         try:
-            group, facts = serve_group(menu, batch)
+            group, facts = serve_group(menu, size)
         except Exception as error:  # noqa: BLE001 - such as no memory: the other sizes go on
-            row = broken("forward", f"{network}, batch {batch}", error)
-            result["rows"].append({**row, "subnet": None, "batch": batch})
+            row = broken("forward", f"{network}, batch {size}", error)
+            record.add([{**row, "subnet": None, "batch": size}])
             continue
-        for row in measure(group, Served(network, menu.images(batch)), plan, runner(place)):
-            result["rows"].append({**row, **facts[row["impl"]]})
-        if place.type == "cuda":
-            result["environment"]["clocks_end"] = clocks()
-        result["ratios"] = ratios(result["rows"])
-        write(path, result)  # whatever ends the run, this much is there
-    write(path, result)
-    return result, redraw(path, pictures)
+        rows = measure(group, Served(network, menu.images(size)), plan, runner(place))
+        record.add([{**row, **facts[row["impl"]]} for row in rows])
+    record.save()
+    return record.result, redraw(record.path, pictures)
 
 
 # ---- ratios --------------------------------------------------------------------------------------
@@ -278,28 +268,22 @@ def redraw(path: Path, pictures: bool = True) -> list[Path]:
         "modes": "; `graph`: replays of a CUDA graph" if gpu else "",
         "memory": " `peak`: what a forward needs on the GPU besides." if gpu else "",
     }
-    cells = table_of_ratios(lines)
-    cells.insert(1, ["---"] * len(cells[0]))
     remarks = [text.format(**words) for text in REMARKS]
-    remarks += ["| " + " | ".join(line) + " |" for line in cells]
-    title = f"Serving {result['network']} on {facts.get('gpu', facts['cpu'])}"
-    text = markdown(result, title if gpu else f"{title}, {facts['threads']} threads", remarks)
-    table = path.with_suffix(".md")
-    write_atomic(table, lambda file: file.write(text.encode()))
-    made = [path, table]
+    subject = f"Serving {result['network']}"
+    made = report(path, result, subject, remarks, table_of_ratios(lines))
     if pictures and lines:
-        made.append(_draw(path.with_suffix(".png"), title, lines))
+        made.append(_draw(path.with_suffix(".png"), title(subject, facts), lines))
     return made
 
 
-def _draw(path: Path, title: str, lines: Sequence[dict]) -> Path:
+def _draw(path: Path, head: str, lines: Sequence[dict]) -> Path:
     """Times faster than dense against the share of zeros, a panel per batch."""
     best = "graph" if any(e["mode"] == "graph" for e in lines) else "eager"
     lines = [e for e in lines if e["mode"] == best and e["subnet"] != "dense"]
     batches = list(dict.fromkeys(e["batch"] for e in lines))
 
     def draw(figure) -> None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(head, fontsize=11)
         axes = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
         for ax, batch in zip(axes, batches, strict=True):
             some = [e for e in lines if e["batch"] == batch]
@@ -323,11 +307,6 @@ def _draw(path: Path, title: str, lines: Sequence[dict]) -> Path:
         axes[0].legend(fontsize=7, frameon=False)
 
     return save_figure(path, draw, (3.6 * max(2, len(batches)), 3.8))
-
-
-def failures(result: dict[str, Any]) -> list[dict]:
-    """Rows of ours that were wrong or broke."""
-    return [r for r in result["rows"] if r["impl"].startswith("ours/") and not r["ok"]]
 
 
 if __name__ == "__main__":

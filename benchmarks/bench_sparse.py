@@ -18,17 +18,19 @@ from typing import Any
 
 import torch
 
-from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.files import read_json
 from sparse_cocktail.ops import routes
 from sparse_cocktail.plots import save_figure
 
 from groups_sparse import LAYOUTS, ONEDNN, SparseInputs  # isort: skip - neighbours, not packages
 from groups_sparse import layers, positions, sparse_group  # isort: skip
-from machine import cache_bytes, describe  # isort: skip
-from output import LIMIT, PEERS, aligned, groups, markdown, write  # isort: skip
+from machine import cache_bytes  # isort: skip
+from output import LIMIT, PEERS, aligned, groups  # isort: skip
+from record import Record, failures, place_of, report, title  # isort: skip
 from timing import Plan, broken, measure, runner  # isort: skip
 
-RESULTS = Path(__file__).resolve().parent / "results" / "sparse"
+__all__ = ["choices", "failures", "redraw", "run", "save", "summary"]
+
 SPARSITIES = (0.75, 0.87, 0.95)
 COLUMNS = (ONEDNN, *map(str, SPARSITIES))  # of the ratios
 LEGEND = {"fontsize": 8, "frameon": False, "ncols": 5}
@@ -66,16 +68,12 @@ def run(
     Returns:
         The benchmark's content and the files written.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    place = torch.device("cpu")
+    place = place_of("bench sparse", "cpu", threads)
     plan = Plan(seconds=0.4, many=10, most=40)
     if quick:
         plan = Plan(seconds=0.05, few=3, many=5, most=10, rounds=3)
-    result = {"format": 1, "bench": "sparse", "environment": describe(place), "ratios": []}
-    result["rows"] = []
-    path, clock, cache = (out or RESULTS) / "cpu.json", runner(place), 0 if quick else cache_bytes()
-    inputs = None
+    record = Record("sparse", place, out, lambda result: ratios(result["rows"]))
+    clock, cache, inputs = runner(place), 0 if quick else cache_bytes(), None
     for network, layer in layers(quick, batch):
         conv = len(layer.input) == 4
         case = f"{network}, {layer.name}" + (f", batch {layer.input[0]}" if conv else "")
@@ -85,15 +83,13 @@ def run(
             group, facts = sparse_group(inputs, SPARSITIES)
         except Exception as error:  # noqa: BLE001 - such as no memory: the other layers go on
             op = "sparse_conv2d" if conv else "sparse_linear"
-            result["rows"].append({**broken(op, case, error), **shape})
+            record.add([{**broken(op, case, error), **shape}])
             continue
         tell(case)
-        for row in measure(group, inputs, plan, clock):
-            result["rows"].append({**row, **shape, **facts[row["impl"]]})
-        result["ratios"] = ratios(result["rows"])
-        write(path, result)  # whatever ends the run, this much is there
-    write(path, result)
-    return result, redraw(path, pictures)
+        rows = measure(group, inputs, plan, clock)
+        record.add([{**row, **shape, **facts[row["impl"]]} for row in rows])
+    record.save()
+    return record.result, redraw(record.path, pictures)
 
 
 # ---- ratios --------------------------------------------------------------------------------------
@@ -192,15 +188,8 @@ def summary(result: dict[str, Any]) -> str:
 def redraw(path: Path, pictures: bool = True) -> list[Path]:
     """Markdown and a picture beside a benchmark JSON, from its rows alone."""
     result = read_json(path)
-    facts, lines = result["environment"], ratios(result["rows"])
-    cells = table_of_ratios(lines)
-    cells.insert(1, ["---"] * len(cells[0]))
-    remarks = [*REMARKS, *("| " + " | ".join(line) + " |" for line in cells)]
-    title = f"Packed sparse inference on {facts['cpu']}, {facts['threads']} threads"
-    text = markdown(result, title, remarks)
-    table = path.with_suffix(".md")
-    write_atomic(table, lambda file: file.write(text.encode()))
-    made = [path, table]
+    lines, subject = ratios(result["rows"]), "Packed sparse inference"
+    made = report(path, result, subject, REMARKS, table_of_ratios(lines))
     panels: dict[str, list[dict]] = {}
     for line in lines:
         if "kind" in line:
@@ -208,15 +197,16 @@ def redraw(path: Path, pictures: bool = True) -> list[Path]:
             name = line["kind"].rpartition(", ")[2] if conv else "linear layers"
             panels.setdefault(f"convolutions, {name}" if conv else name, []).append(line)
     if pictures and panels:
-        made.append(_draw(path.with_suffix(".png"), title, panels))
+        head = title(subject, result["environment"])
+        made.append(_draw(path.with_suffix(".png"), head, panels))
     return made
 
 
-def _draw(path: Path, title: str, panels: dict[str, list[dict]]) -> Path:
+def _draw(path: Path, head: str, panels: dict[str, list[dict]]) -> Path:
     """Bars per layer and sparsity, the line of equal speed drawn in."""
 
     def draw(figure) -> None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(head, fontsize=11)
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for ax, (name, lines) in zip(axes, panels.items(), strict=True):
             _draw_panel(ax, name, lines)
@@ -249,11 +239,6 @@ def _draw_panel(ax, name: str, lines: Sequence[dict]) -> None:
     ax.set_xlabel("times faster than dense", fontsize=8)
     ax.tick_params(axis="x", labelsize=7)
     ax.set_title(name, fontsize=9, loc="left")
-
-
-def failures(result: dict[str, Any]) -> list[dict]:
-    """Rows of ours that were wrong or broke."""
-    return [r for r in result["rows"] if r["impl"].startswith("ours/") and not r["ok"]]
 
 
 if __name__ == "__main__":

@@ -16,19 +16,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sparse_cocktail.config import read_recipe
-from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.files import read_json
 from sparse_cocktail.plots import save_figure
 
 from groups_train import ENGINE, FIXED, PERIOD, TURNS, Bench, Training  # isort: skip - neighbours
-from machine import clocks, describe, result_name  # isort: skip
-from output import OURS, PEER, aligned, groups, markdown, write  # isort: skip
+from output import OURS, PEER, aligned, groups  # isort: skip
 from peers_masked import DENSE, PRUNE  # isort: skip
+from record import Record, failures, known, place_of, report  # isort: skip
 from timing import Group, Plan, broken, measure, runner  # isort: skip
 
-RESULTS = Path(__file__).resolve().parent / "results" / "train"
+__all__ = ["failures", "redraw", "run", "summary"]
+
 NETWORKS = {  # and a batch of images
     "cuda": {"resnet50": (256, 3, 224, 224), "resnet18": (128, 3, 32, 32)},
     "cpu": {"resnet18": (32, 3, 32, 32), "resnet50": (4, 3, 224, 224)},
@@ -82,22 +81,15 @@ def stage_steps(network: str) -> int:
 
 
 class _Run:
-    """What the parts of a run share: the result so far, and where it is written."""
+    """What the parts of a run share."""
 
-    def __init__(self, place: torch.device, folder: Path, quick: bool, tell: Callable) -> None:
-        self.place, self.tell, self.clock = place, tell, runner(place)
+    def __init__(self, record: Record, quick: bool, tell: Callable) -> None:
+        self.record, self.place, self.tell = record, record.place, tell
+        self.clock = runner(self.place)
         self.plan = Plan(seconds=1.0, few=5, many=10, most=40)
         if quick:
             self.plan = Plan(seconds=0.02, few=2, many=2, most=5, rounds=2)
-        facts = {**describe(place), **FACTS[place.type]}
-        self.result = {
-            "format": 1,
-            "bench": "train",
-            "environment": facts,
-            "ratios": [],
-            "rows": [],
-        }
-        self.path = folder / f"{result_name(place)}.json"
+        record.environment |= FACTS[self.place.type]
 
     def network(self, name: str, shape: tuple[int, ...]) -> None:
         """All groups of one network; what breaks is a row."""
@@ -108,7 +100,7 @@ class _Run:
             training = Training(name, shape, self.place)
             bench = Bench(training)
         except Exception as error:  # noqa: BLE001 - such as no memory: other networks go on
-            self._note([{**broken("step", case, error), **facts}])
+            self.record.add([{**broken("step", case, error), **facts}])
             return
         single = {kind: ((place,), True) for kind, place in TURNS.items()}
         period = {kind: (tuple(range(PERIOD)), pair) for kind, pair in PAIRS.items()}
@@ -129,7 +121,7 @@ class _Run:
             rows = self._measured(group, memory, training, extra)
         except Exception as error:  # noqa: BLE001
             rows = [{**broken("step", f"{training.case.name}, {extra['kind']}", error), **extra}]
-        self._note(rows)
+        self.record.add(rows)
 
     def _measured(self, group: Group, memory: dict, training: Training, extra: dict) -> list[dict]:
         rows = measure(group, training, self.plan, self.clock)
@@ -140,14 +132,6 @@ class _Run:
                 images = extra["images"] * extra["steps"]
                 row["images_per_second"] = round(images / row["median_us"] * 1e6, 1)
         return rows
-
-    def _note(self, rows: list[dict]) -> None:
-        self.result["rows"] += rows
-        self.save()
-
-    def save(self) -> None:
-        self.result["ratios"] = ratios(self.result["rows"])
-        write(self.path, self.result)  # whatever ends the run, this much is there
 
 
 def run(
@@ -171,23 +155,17 @@ def run(
     Returns:
         The benchmark's content and the files written.
     """
-    place = torch.device(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("bench train: device=cuda, but torch sees no GPU here; use --device cpu")
+    what = "bench train"
+    place = place_of(what, device, threads)
     networks = NETWORKS["quick" if quick else place.type]
+    cases = known(what, "case", cases, networks) or networks
+    record = Record("train", place, out, lambda result: ratios(result["rows"]))
+    state = _Run(record, quick, tell)
     for name in cases:
-        if name not in networks:
-            raise ValueError(f"bench train: case={name!r} is unknown; use {', '.join(networks)}")
-    if threads:
-        torch.set_num_threads(threads)
-    state = _Run(place, out or RESULTS, quick, tell)
-    for name in cases or networks:
         shape = networks[name]
         state.network(name, (batch or shape[0], *shape[1:]))
-        if place.type == "cuda":
-            state.result["environment"]["clocks_end"] = clocks()
-    state.save()
-    return state.result, redraw(state.path, pictures)
+    record.save()
+    return record.result, redraw(record.path, pictures)
 
 
 # ---- ratios --------------------------------------------------------------------------------------
@@ -288,17 +266,10 @@ def summary(result: dict[str, Any]) -> str:
 def redraw(path: Path, pictures: bool = True) -> list[Path]:
     """Markdown and a picture beside a benchmark JSON, from its rows alone."""
     result = read_json(path)
-    facts, lines = result["environment"], ratios(result["rows"])
-    title = f"Co-training on {facts.get('gpu', facts['cpu'])}, {facts['threads']} threads"
-    remarks = [remark.format(**facts) for remark in REMARKS]
+    lines = ratios(result["rows"])
+    remarks = [remark.format(**result["environment"]) for remark in REMARKS]
     remarks += ["", "## In units of plain dense steps", ""]
-    cells = table_of_ratios(lines)
-    cells.insert(1, ["---"] * len(cells[0]))
-    remarks += ["| " + " | ".join(line) + " |" for line in cells]
-    text = markdown(result, title, remarks)
-    table = path.with_suffix(".md")
-    write_atomic(table, lambda file: file.write(text.encode()))
-    made = [path, table]
+    made = report(path, result, "Co-training", remarks, table_of_ratios(lines))
     bars = [line for line in lines if line["op"] in ("step", "period")]
     if pictures and bars:
         made.append(_draw(path.with_suffix(".png"), bars))
@@ -327,11 +298,6 @@ def _draw(path: Path, lines: Sequence[dict]) -> Path:
         axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return save_figure(path, draw, (4.6 * len(networks) + 1.2, 3.0))
-
-
-def failures(result: dict[str, Any]) -> list[dict]:
-    """Rows of ours that were wrong or broke."""
-    return [r for r in result["rows"] if r["impl"].startswith("ours/") and not r["ok"]]
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_cocktail.files import read_json, write_atomic
+from sparse_cocktail.files import read_json
 from sparse_cocktail.plots import save_figure
 
-from output import LIMIT, OURS, PEERS, aligned, groups, markdown  # isort: skip - neighbours
+from output import LIMIT, OURS, PEERS, aligned, groups  # isort: skip - neighbours
 from peers_nm import DENSE  # isort: skip
+from record import report, title  # isort: skip
 
 __all__ = ["ratios", "redraw", "summary"]
 
@@ -146,23 +147,20 @@ def _table(cells: Sequence[Sequence[str]]) -> list[str]:
 def redraw(path: Path, pictures: bool = True) -> list[Path]:
     """Markdown and a picture beside a benchmark JSON."""
     result = read_json(path)
-    facts = result["environment"]
-    lines = ratios(result)
+    lines, subject = ratios(result), "N:M weights"
     remarks = list(REMARKS)
     for key, some in _sheets(lines).items():
         remarks += ["", f"### {', '.join(key)}", "", *_table(_sheet(some))]
     if absent := _absent(result["rows"]):
         remarks += ["", "Not measured here:", "", *(f"* {text}" for text in absent)]
-    title = f"N:M weights on {facts.get('gpu', facts['cpu'])}, {facts['threads']} threads"
     compressed = [row for row in result["rows"] if row["op"] != "nm_linear"]
-    text = markdown({**result, "rows": compressed}, title, remarks)
-    text = text.replace("\n## Summary\n", "\n## Compressing, decompressing, packing\n")
-    table = path.with_suffix(".md")
-    write_atomic(table, lambda file: file.write(text.encode()))
-    made = [path, table]
+    heads = ("\n## Summary\n", "\n## Compressing, decompressing, packing\n")
+    shown = {**result, "rows": compressed}
+    made = report(path, shown, subject, remarks, change=lambda text: text.replace(*heads))
     if pictures and lines:
         cold = [line for line in lines if line["memory"] == "cold"]
-        made.append(_draw(path.with_suffix(".png"), title, _sheets(cold)))
+        head = title(subject, result["environment"])
+        made.append(_draw(path.with_suffix(".png"), head, _sheets(cold)))
     return made
 
 
@@ -175,7 +173,7 @@ def _absent(rows: Sequence[dict]) -> list[str]:
 # ---- the picture ---------------------------------------------------------------------------------
 
 
-def _draw(path: Path, title: str, sheets: dict[tuple, list[dict]]) -> Path:
+def _draw(path: Path, head: str, sheets: dict[tuple, list[dict]]) -> Path:
     """Times faster than dense against rows: layers below each other, patterns and dtypes beside."""
     down = list(dict.fromkeys(key[:2] for key in sheets))[:MOST_PANELS]
     across = list(dict.fromkeys(key[2:] for key in sheets))
@@ -187,7 +185,7 @@ def _draw(path: Path, title: str, sheets: dict[tuple, list[dict]]) -> Path:
     colours |= dict(zip(others, PEERS * 8, strict=False))
 
     def draw(figure) -> None:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(head, fontsize=11)
         shape = (len(down), len(across))
         axes = figure.subplots(*shape, squeeze=False, sharex=True, sharey="row")
         for i, layer in enumerate(down):

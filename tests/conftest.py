@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 
 # Programs that tests start find this package where it is not installed.
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
 PLACES = [str(ROOT), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, PLACES))
 

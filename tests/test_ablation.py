@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import pytest
 import yaml
-from test_cli import call
+from commands import call
 
 from sparse_cocktail import runs
 from sparse_cocktail.ablation import VARIANTS, ablate, markdown, variant_fields
@@ -151,16 +151,16 @@ def test_no_run_starts_when_the_others_have_been_ended():
         (["--recipe", "none"], "recipe 'none' is neither one of"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
-    code, _, error = call(monkeypatch, capsys, "ablate", "--out", tmp_path, *arguments)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    code, _, error = call("ablate", "--out", tmp_path, *arguments)
     assert code == 2 and message in error and "Traceback" not in error
 
 
-def test_the_command(monkeypatch, capsys, recipe, done):
+def test_the_command(recipe, done):
     out, summary = done
     arguments = ["--recipe", recipe, "--out", out, "--seeds", 2, "--set", "lr=0.05"]
     names = ["--variant", "paper", "--variant", "default"]
-    code, text, error = call(monkeypatch, capsys, "ablate", *arguments, *names)
+    code, text, error = call("ablate", *arguments, *names)
     assert code == 0, error
     for name in ("paper", "default", "curves.png", "ablation.md"):
         assert name in text

@@ -1,29 +1,23 @@
 """The benchmark kit: gates that refuse wrong masks, files of the right form, one short run."""
 
-import json
 import re
 import sys
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
+import bench_masks
+import gates
+import gpu
+import groups_masks
+import output
+import peers_masks
 import pytest
+import shapes
+import timing
 import torch
+from commands import assert_refused, short_bench
 
-from sparse_cocktail import cli, ops, reference
-from sparse_cocktail.cli.base import console
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_masks  # noqa: E402
-import gates  # noqa: E402
-import gpu  # noqa: E402
-import groups_masks  # noqa: E402
-import output  # noqa: E402
-import peers_masks  # noqa: E402
-import shapes  # noqa: E402
-import timing  # noqa: E402
+from sparse_cocktail import ops, reference
 
 CPU = torch.device("cpu")
 SHORT = timing.Plan(seconds=0.0, few=2, many=2, most=2, rounds=2, fast=10.0)
@@ -52,14 +46,7 @@ def inputs():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One short run of the command, and everything it wrote."""
-    folder = tmp_path_factory.mktemp("bench")
-    options = ["--quick", "--cases", "1e4,1e5", "--out", str(folder)]
-    with pytest.MonkeyPatch.context() as patch, console.capture() as said:
-        patch.setattr(sys, "argv", ["sparse-cocktail", "bench", "masks", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    assert not stop.value.code, said.get()
-    return folder, json.loads((folder / "cpu.json").read_text()), said.get()
+    return short_bench(tmp_path_factory, "masks", "--cases", "1e4,1e5")
 
 
 # ---- weights -------------------------------------------------------------------------------------
@@ -444,13 +431,6 @@ def test_derived_columns():
 # ---- command, make -------------------------------------------------------------------------------
 
 
-def call(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", "bench", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -460,17 +440,15 @@ def call(monkeypatch, capsys, *arguments):
         (["masks", "--redraw", "none.json"], "none.json"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, arguments, message):
-    code, error = call(monkeypatch, capsys, *arguments)
-    assert code == 2 and message in error and error.count("\n") == 1
+def test_errors_are_one_line(arguments, message):
+    assert_refused(message, "bench", *arguments)
 
 
-def test_without_a_checkout(monkeypatch, capsys, tmp_path):
+def test_without_a_checkout(monkeypatch, tmp_path):
     from sparse_cocktail.cli import bench
 
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a/b/c/bench.py"))
-    code, error = call(monkeypatch, capsys, "masks")
-    assert code == 2 and error.startswith("error: bench needs a checkout")
+    assert_refused("error: bench needs a checkout", "bench", "masks")
 
 
 def test_the_steps_of_make_gpu(tmp_path, capsys):

@@ -1,26 +1,19 @@
 """The benchmark of masked layers: its gate, its memory count, ours and peers, one short run."""
 
-import json
 import re
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
+import bench_masked
+import groups_masked
+import peers_masked
 import pytest
+import shapes
+import timing
 import torch
+from commands import assert_refused, short_bench
 
-from sparse_cocktail import cli, ops
-from sparse_cocktail.cli.base import console
+from sparse_cocktail import ops
 from sparse_cocktail.patterns import parse
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_masked  # noqa: E402
-import groups_masked  # noqa: E402
-import peers_masked  # noqa: E402
-import shapes  # noqa: E402
-import timing  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = {layer.name.partition(" ")[0]: layer for layer in shapes.layers_of("small", gpu=False)}
@@ -44,15 +37,7 @@ def ways(held, device=CPU):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One short run of the command, and everything it wrote."""
-    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    options = ["--quick", "--threads", "1", "--dtype", "fp32", "--out", str(folder)]
-    with pytest.MonkeyPatch.context() as patch, console.capture() as said:
-        patch.setattr(sys, "argv", ["sparse-cocktail", "bench", "masked", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    torch.set_num_threads(threads)
-    assert not stop.value.code, said.get()
-    return folder, json.loads((folder / "cpu.json").read_text()), said.get()
+    return short_bench(tmp_path_factory, "masked", "--dtype", "fp32")
 
 
 # ---- layers --------------------------------------------------------------------------------------
@@ -270,12 +255,8 @@ def test_a_group_that_breaks_is_a_row(tmp_path, monkeypatch):
         (["--redraw", "none.json"], "none.json"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", "bench", "masked", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_errors_are_one_line(arguments, message):
+    assert_refused(message, "bench", "masked", *arguments)
 
 
 def test_default_dtypes():

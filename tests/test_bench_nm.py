@@ -1,51 +1,31 @@
 """The benchmark of N:M weights and `sparse-cocktail tune`: gates, files, table, one short run."""
 
-import json
 import re
-import sys
-from pathlib import Path
 
+import bench_nm
+import gpu
+import groups_compress
+import groups_nm
+import nm_tables
+import peers_nm
 import pytest
+import shapes
+import timing
 import torch
+from commands import assert_refused, call, short_bench
 
-from sparse_cocktail import cli, ops, reference_nm
-from sparse_cocktail.cli.base import console
+from sparse_cocktail import ops, reference_nm
 from sparse_cocktail.ops import nm_routes, routes
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_nm  # noqa: E402
-import gpu  # noqa: E402
-import groups_compress  # noqa: E402
-import groups_nm  # noqa: E402
-import nm_tables  # noqa: E402
-import peers_nm  # noqa: E402
-import shapes  # noqa: E402
-import timing  # noqa: E402
 
 CPU = torch.device("cpu")
 SHORT = timing.Plan(seconds=0.0, few=2, many=2, most=2, rounds=2, fast=10.0)
 LAYER = groups_nm.Layer("", (48, 104), (5, 104))
 
 
-def command(*options):
-    """Exit code and output of `sparse-cocktail ...`."""
-    with pytest.MonkeyPatch.context() as patch, console.capture() as said:
-        patch.setattr(sys, "argv", ["sparse-cocktail", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    return stop.value.code or 0, said.get()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One short run of the command, and everything it wrote."""
-    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    code, said = command("bench", "nm", "--quick", "--threads", "1", "--out", str(folder))
-    torch.set_num_threads(threads)
-    assert code == 0, said
-    return folder, json.loads((folder / "cpu.json").read_text()), said
+    return short_bench(tmp_path_factory, "nm")
 
 
 @pytest.fixture
@@ -216,7 +196,7 @@ def test_tables_and_pictures_are_written(finished):
     for line in result["ratios"]:
         assert line["case"] in said
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert command("bench", "nm", "--redraw", str(folder / "cpu.json"))[0] == 0
+    assert call("bench", "nm", "--redraw", str(folder / "cpu.json"))[0] == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -254,7 +234,7 @@ def test_choices_are_times_by_route_of_each_layer(tables):
 
 def test_choices_are_saved_from_a_result(tables, finished):
     folder, result, _ = finished
-    code, said = command("bench", "nm", "--redraw", str(folder / "cpu.json"), "--save-choices")
+    code, said, _ = call("bench", "nm", "--redraw", str(folder / "cpu.json"), "--save-choices")
     (path,) = tables.iterdir()
     assert code == 0 and path.name in said and path.name == f"nm-{routes.cpu_card()}.json"
     assert set(nm_routes.table(routes.cpu_card())) == set(bench_nm.choices(result["rows"]))
@@ -262,7 +242,7 @@ def test_choices_are_saved_from_a_result(tables, finished):
 
 def test_tune_writes_the_table(tables):
     options = ["--layers", "48x104,64x64", "--rows", "2,40", "--patterns", "2:4", "--dtype", "fp32"]
-    code, said = command("tune", *options, "--quick")
+    code, said, _ = call("tune", *options, "--quick")
     assert code == 0, said
     (path,) = tables.iterdir()
     found = nm_routes.table(routes.cpu_card())
@@ -272,13 +252,13 @@ def test_tune_writes_the_table(tables):
     fast = {"dense", *(["compressed"] if "cpp" in ops.implementations("nm_linear") else [])}
     assert all(set(entry["us"]) == fast for entry in found.values())
     assert "layer, 104 to 48, 2:4, fp32, 2 rows" in said
-    code, said = command("info", "--choices")
+    code, said, _ = call("info", "--choices")
     assert code == 0 and "nm_linear/2:4/float32/eager" in said.replace("\n", "")
     plan = nm_routes.plan(torch.empty(1), 2, 4, 64, 64)
     assert "not measured" not in str(plan)
 
 
-def test_tune_takes_the_layers_of_a_model(tables, monkeypatch):
+def test_tune_takes_the_layers_of_a_model(tables):
     from sparse_cocktail.cli import tune
 
     found = tune._shapes_of("resnet50")
@@ -311,22 +291,15 @@ def test_tune_takes_the_layers_of_a_model(tables, monkeypatch):
         (["tune", "--rows", "2,-1"], "tune: rows=-1 is not 1 or more"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, tables, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_errors_are_one_line(tables, arguments, message):
+    assert_refused(message, *arguments)
     assert list(tables.iterdir()) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 @pytest.mark.parametrize("arguments", [["bench", "nm"], ["tune"]], ids=" ".join)
-def test_no_gpu(monkeypatch, capsys, arguments):
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", *arguments, "--device", "cuda"])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2 and "torch sees no GPU here" in capsys.readouterr().err
+def test_no_gpu(arguments):
+    assert_refused("torch sees no GPU here", *arguments, "--device", "cuda")
 
 
 def test_make_gpu_measures_this_family(tmp_path):

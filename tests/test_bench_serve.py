@@ -1,44 +1,21 @@
 """The benchmark of exported subnets: its gate, its files, its table."""
 
-import json
-import sys
-from pathlib import Path
-
+import bench_serve
 import pytest
+import timing
 import torch
+from commands import assert_refused, short_bench
 
-from sparse_cocktail import cli
-from sparse_cocktail.cli.base import console
 from sparse_cocktail.patterns import family, parse
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_serve  # noqa: E402
-import timing  # noqa: E402
 
 CPU = torch.device("cpu")
 SHORT = timing.Plan(seconds=0.0, few=2, many=2, most=2, rounds=2, fast=10.0)
 
 
-def command(*options):
-    """Exit code and output of `sparse-cocktail ...`."""
-    with pytest.MonkeyPatch.context() as patch, console.capture() as said:
-        patch.setattr(sys, "argv", ["sparse-cocktail", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    return stop.value.code or 0, said.get()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One short run of the command, and everything it wrote."""
-    folder, threads = tmp_path_factory.mktemp("serve"), torch.get_num_threads()
-    options = ["--quick", "--threads", "1", "--batch", "1,3", "--out", str(folder)]
-    code, said = command("bench", "serve", *options)
-    torch.set_num_threads(threads)
-    assert code == 0, said
-    return folder, json.loads((folder / "cpu.json").read_text()), said
+    return short_bench(tmp_path_factory, "serve", "--batch", "1,3")
 
 
 def test_every_network_is_timed_at_every_batch(finished):
@@ -123,7 +100,6 @@ def test_the_menu_is_the_one_of_the_method():
         (["--device", "tpu"], "device='tpu' is not one of cpu, cuda"),
     ],
 )
-def test_bad_arguments(options, says, tmp_path, capsys):
-    code, said = command("bench", "serve", "--quick", "--out", str(tmp_path), *options)
-    assert code != 0 and says in " ".join((said + capsys.readouterr().err).split())
+def test_bad_arguments(options, says, tmp_path):
+    assert_refused(says, "bench", "serve", "--quick", "--out", tmp_path, *options)
     assert not list(tmp_path.iterdir())

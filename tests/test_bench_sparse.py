@@ -2,45 +2,24 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
+import bench_masked
+import bench_sparse
+import groups_sparse
 import pytest
-import torch
+from commands import assert_refused, call, short_bench
 
-from sparse_cocktail import cli
-from sparse_cocktail.cli.base import console
 from sparse_cocktail.ops import routes
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_masked  # noqa: E402
-import bench_sparse  # noqa: E402
-import groups_sparse  # noqa: E402
 
 SPARSITIES = bench_sparse.SPARSITIES
 SMALL = {layer.name.partition(" ")[0]: layer for _, layer in groups_sparse.layers(True, None)}
 each_layer = pytest.mark.parametrize("kind", SMALL)
 
 
-def command(*options):
-    """Exit code and output of `sparse-cocktail bench ...`."""
-    with pytest.MonkeyPatch.context() as patch, console.capture() as said:
-        patch.setattr(sys, "argv", ["sparse-cocktail", "bench", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    return stop.value.code or 0, said.get()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One short run of the command, and everything it wrote."""
-    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    code, said = command("sparse", "--quick", "--threads", "1", "--out", str(folder))
-    torch.set_num_threads(threads)
-    assert code == 0, said
-    return folder, json.loads((folder / "cpu.json").read_text()), said
+    return short_bench(tmp_path_factory, "sparse")
 
 
 @pytest.fixture
@@ -133,7 +112,7 @@ def test_tables_and_pictures_are_written(finished):
     for line in result["ratios"]:
         assert f"| {line['op']} | {line['case']} |" in text and line["case"][:44] in said
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert command("sparse", "--redraw", str(folder / "cpu.json"))[0] == 0
+    assert call("bench", "sparse", "--redraw", str(folder / "cpu.json"))[0] == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -178,7 +157,7 @@ def test_sparse_choices_pay_in_both_layouts():
 
 def test_choices_are_saved_from_a_result(tables, finished):
     folder, result, _ = finished
-    code, said = command("sparse", "--redraw", str(folder / "cpu.json"), "--save-choices")
+    code, said, _ = call("bench", "sparse", "--redraw", str(folder / "cpu.json"), "--save-choices")
     assert code == 0
     rows = routes.table(routes.cpu_card())
     (path,) = tables.iterdir()
@@ -211,14 +190,11 @@ def test_masked_choices(tables):
     assert bench_masked.choices(wrong) == {}
 
 
-def test_tables_are_printed(tables, monkeypatch):
+def test_tables_are_printed(tables):
     key = "sparse_linear/float32/rows-4^0/weights-4^11/density-2^-3"
     routes.save(routes.cpu_card(), {}, {key: [2.5]}, routes.SPARSE_ROUTES)
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", "info", "--choices"])
-    monkeypatch.setattr(console, "_width", 120)
-    with console.capture() as said, pytest.raises(SystemExit):
-        cli.main()
-    assert re.search(re.escape(key) + r".*sparse.*2\.50x", said.get()), said.get()
+    _, said, _ = call("info", "--choices")
+    assert re.search(re.escape(key) + r".*sparse.*2\.50x", said), said
 
 
 @pytest.mark.parametrize(
@@ -230,9 +206,5 @@ def test_tables_are_printed(tables, monkeypatch):
         (["sparse", "--redraw", "none.json"], "none.json"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", "bench", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_errors_are_one_line(arguments, message):
+    assert_refused(message, "bench", *arguments)

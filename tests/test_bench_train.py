@@ -2,23 +2,16 @@
 
 import json
 import re
-import sys
-from pathlib import Path
 
+import bench_train
+import groups_masked
+import groups_train
 import pytest
+import timing
 import torch
+from commands import assert_refused, call, short_bench
 
-from sparse_cocktail import cli
-from sparse_cocktail.cli.base import console
 from sparse_cocktail.stepping import Stepper
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_train  # noqa: E402
-import groups_masked  # noqa: E402
-import groups_train  # noqa: E402
-import timing  # noqa: E402
 
 CPU = torch.device("cpu")
 PERIOD = tuple(range(groups_train.PERIOD))
@@ -45,15 +38,7 @@ def outcome(group, name, training):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One short run of the command, and everything it wrote."""
-    folder, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    options = ["--quick", "--threads", "1", "--batch", "2", "--out", str(folder)]
-    with pytest.MonkeyPatch.context() as patch, console.capture() as said:
-        patch.setattr(sys, "argv", ["sparse-cocktail", "bench", "train", *options])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    torch.set_num_threads(threads)
-    assert not stop.value.code, said.get()
-    return folder, json.loads((folder / "cpu.json").read_text()), said.get()
+    return short_bench(tmp_path_factory, "train", "--batch", 2)
 
 
 # ---- what is timed -------------------------------------------------------------------------------
@@ -228,14 +213,12 @@ def test_tables_and_pictures_are_written(finished):
 def test_a_wrong_engine_is_a_row_and_exit_code_1(monkeypatch, tmp_path):
     right = Stepper._loss
     monkeypatch.setattr(Stepper, "_loss", lambda *args: right(*args) * 1.001)
-    options = ["--quick", "--batch", "2", "--no-pictures", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", "bench", "train", *options])
-    with console.capture() as said, pytest.raises(SystemExit) as stop:
-        cli.main()
+    options = ["--quick", "--batch", 2, "--no-pictures", "--out", tmp_path]
+    code, said, _ = call("bench", "train", *options)
     (row,) = json.loads((tmp_path / "cpu.json").read_text())["rows"]
-    assert stop.value.code == 1 and not row["ok"] and row["impl"] == "ours/set-up"
+    assert code == 1 and not row["ok"] and row["impl"] == "ours/set-up"
     assert "the engine's step of dense in torch.float64 is not that of PyTorch" in row["note"]
-    assert f"FAILED: {row['op']}, {row['case']}" in said.get()
+    assert f"FAILED: {row['op']}, {row['case']}" in said
 
 
 @pytest.mark.parametrize(
@@ -250,9 +233,5 @@ def test_a_wrong_engine_is_a_row_and_exit_code_1(monkeypatch, tmp_path):
         (["--redraw", "none.json"], "none.json"),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", "bench", "train", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+def test_errors_are_one_line(arguments, message):
+    assert_refused(message, "bench", "train", *arguments)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_cli import call
+from commands import call
 from test_engine import SHORT
 
 from sparse_cocktail import Cocktail, convert, models
@@ -197,17 +197,17 @@ def own_package(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_own_data_and_model_on_the_command_line(own_package, monkeypatch, capsys):
+def test_own_data_and_model_on_the_command_line(own_package):
     arguments = ["train", "--recipe", "digits", "--epochs", "2", "--stages", "1"]
     arguments += ["--model", "ownpackage:net", "--model-args", '{"hidden": 16}']
     arguments += ["--data", "ownpackage:data", "--mask-linear", "true", "--batch-size", "16"]
-    code, _, errors = call(monkeypatch, capsys, *arguments, "--out", "run")
+    code, _, errors = call(*arguments, "--out", "run")
     assert code == 0, errors
     results = json.loads((own_package / "run" / "results.json").read_text())
-    code, output, errors = call(monkeypatch, capsys, "eval", "run", "--model", "ownpackage:net")
+    code, output, errors = call("eval", "run", "--model", "ownpackage:net")
     assert code == 0, errors
     assert all(f"{s['accuracy']:.2f}" in output for s in results["subnets"])
-    code, _, errors = call(monkeypatch, capsys, "eval", "run")
+    code, _, errors = call("eval", "run")
     assert code == 2 and "names no model factory" in " ".join(errors.split())
 
 

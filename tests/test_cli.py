@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import call
 from safetensors.torch import load_file
 
-from sparse_cocktail import cli, load_slim, models
 from sparse_cocktail import data as data_sets
-from sparse_cocktail.cli.base import console, runs_shown
+from sparse_cocktail import load_slim, models
+from sparse_cocktail.cli.base import runs_shown
 from sparse_cocktail.methods import METHODS
 from sparse_cocktail.stopping import Interrupted
 
@@ -30,16 +31,6 @@ def finished(tmp_path_factory):
     return folder, done.stdout
 
 
-def call(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    """Exit code, standard output and error of one command."""
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", *map(str, arguments)])
-    monkeypatch.setattr(console, "width", 200)
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    output = capsys.readouterr()
-    return stop.value.code or 0, output.out, output.err
-
-
 def test_train_leaves_everything_in_one_folder(finished):
     folder, output = finished
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
@@ -53,42 +44,40 @@ def test_train_leaves_everything_in_one_folder(finished):
         assert name in output
 
 
-def test_eval_reproduces_the_results(finished, monkeypatch, capsys):
+def test_eval_reproduces_the_results(finished):
     folder, _ = finished
-    code, output, _ = call(monkeypatch, capsys, "eval", folder)
+    code, output, _ = call("eval", folder)
     assert code == 0
     for subnet in json.loads((folder / "results.json").read_text())["subnets"]:
         line = next(x for x in output.splitlines() if subnet["name"] in x)
         assert f"{subnet['accuracy']:.2f}" in line
 
 
-def test_eval_of_one_subnet_on_the_holdout(finished, monkeypatch, capsys):
-    code, output, _ = call(
-        monkeypatch, capsys, "eval", finished[0], "--subnet", "1:2", "--split", "holdout"
-    )
+def test_eval_of_one_subnet_on_the_holdout(finished):
+    code, output, _ = call("eval", finished[0], "--subnet", "1:2", "--split", "holdout")
     assert code == 0 and "1:2" in output and "channel" not in output
 
 
 @pytest.mark.parametrize("subnet", ["dense", "1:2", "channel-0.1900"])
-def test_exports_run_without_the_library(finished, tmp_path, monkeypatch, capsys, subnet):
+def test_exports_run_without_the_library(finished, tmp_path, subnet):
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
     wanted = next(s["accuracy"] for s in results["subnets"] if s["name"] == subnet)
     test = data_sets.load("digits").test
 
     plain = tmp_path / "net.safetensors"
-    assert call(monkeypatch, capsys, "export", folder, subnet, "--out", plain)[0] == 0
+    assert call("export", folder, subnet, "--out", plain)[0] == 0
     network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10}).eval()
     network.load_state_dict(load_file(plain))
     assert accuracy(network, test) == pytest.approx(wanted, abs=1e-3)
 
     program = tmp_path / "net.pt2"
-    assert call(monkeypatch, capsys, "export", folder, subnet, "--out", program)[0] == 0
+    assert call("export", folder, subnet, "--out", program)[0] == 0
     loaded = torch.export.load(str(program)).module()
     assert accuracy(loaded, test) == pytest.approx(wanted, abs=1e-3)
 
 
-def test_slim_exports_are_smaller_and_score_the_same(finished, tmp_path, monkeypatch, capsys):
+def test_slim_exports_are_smaller_and_score_the_same(finished, tmp_path):
     folder, _ = finished
     results = json.loads((folder / "results.json").read_text())
     channels = [s for s in results["subnets"] if s["pattern"] == "channel"]
@@ -98,9 +87,9 @@ def test_slim_exports_are_smaller_and_score_the_same(finished, tmp_path, monkeyp
     whole, plain, program = (
         tmp_path / name for name in ("whole.safetensors", "a.safetensors", "a.pt2")
     )
-    assert call(monkeypatch, capsys, "export", folder, subnet, "--out", whole)[0] == 0
+    assert call("export", folder, subnet, "--out", whole)[0] == 0
     for out in (plain, program):
-        code, said, _ = call(monkeypatch, capsys, "export", folder, subnet, "--slim", "--out", out)
+        code, said, _ = call("export", folder, subnet, "--slim", "--out", out)
         assert code == 0 and "parameters in all" in said
     assert plain.stat().st_size < 0.9 * whole.stat().st_size
     network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10}).eval()
@@ -115,20 +104,18 @@ def accuracy(network, split) -> float:
         return 100 * (network(split.inputs).argmax(1) == split.targets).float().mean().item()
 
 
-def test_info_of_the_machine_and_of_a_file(finished, monkeypatch, capsys):
-    code, output, _ = call(monkeypatch, capsys, "info")
+def test_info_of_the_machine_and_of_a_file(finished):
+    code, output, _ = call("info")
     assert code == 0 and "topk_masks" in output and torch.__version__ in output
-    code, output, _ = call(monkeypatch, capsys, "info", finished[0])
+    code, output, _ = call("info", finished[0])
     assert code == 0 and "unstructured-0.3600" in output and "nnz" in output
 
 
-def test_paper_mode_and_help(monkeypatch, capsys, tmp_path):
-    code, output, _ = call(
-        monkeypatch, capsys, "train", *QUICK, "--stages", "1", "--paper", "--out", tmp_path
-    )
+def test_paper_mode_and_help(tmp_path):
+    code, output, _ = call("train", *QUICK, "--stages", "1", "--paper", "--out", tmp_path)
     assert code == 0
     assert json.loads((tmp_path / "config.json").read_text())["consolidate"] == 0
-    code, output, _ = call(monkeypatch, capsys, "train", "--help")
+    code, output, _ = call("train", "--help")
     assert code == 0 and "--weight-decay" in output and "--consolidate" in output
     words = " ".join(output.replace("│", " ").split())
     assert "(ast, set, rigl, granet, gmp; default 0.02; ast 0.016)" in words
@@ -138,33 +125,33 @@ def test_paper_mode_and_help(monkeypatch, capsys, tmp_path):
             assert words.count(f"--{field.name.replace('_', '-')} ") == 1, (method, field.name)
 
 
-def test_names_need_no_four_decimals(finished, monkeypatch, capsys):
-    code, output, _ = call(monkeypatch, capsys, "eval", finished[0], "--subnet", "unstructured-0.2")
+def test_names_need_no_four_decimals(finished):
+    code, output, _ = call("eval", finished[0], "--subnet", "unstructured-0.2")
     assert code == 0 and "unstructured-0.2000" in output
 
 
 @pytest.mark.parametrize(
     ("text", "message"), [('{"epochs":', "is no whole JSON"), ("[1, 2]", "holds a list")]
 )
-def test_a_damaged_config_is_named(monkeypatch, capsys, tmp_path, text, message):
+def test_a_damaged_config_is_named(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     for arguments in (["resume", tmp_path], ["train", "--resume", "--out", tmp_path]):
-        code, _, error = call(monkeypatch, capsys, *arguments)
+        code, _, error = call(*arguments)
         assert code == 2 and message in error and str(tmp_path / "config.json") in error
 
 
-def test_resume_takes_the_fields_of_the_run(finished, monkeypatch, capsys):
+def test_resume_takes_the_fields_of_the_run(finished):
     folder, _ = finished
     before = json.loads((folder / "results.json").read_text())["subnets"]
-    code, _, errors = call(monkeypatch, capsys, "train", "--resume", "--out", folder)
+    code, _, errors = call("train", "--resume", "--out", folder)
     assert code == 0, errors
     assert json.loads((folder / "results.json").read_text())["subnets"] == before
 
 
-def test_resume_of_a_finished_run_shows_it(finished, monkeypatch, capsys):
+def test_resume_of_a_finished_run_shows_it(finished):
     folder, _ = finished
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
-    code, output, errors = call(monkeypatch, capsys, "resume", folder)
+    code, output, errors = call("resume", folder)
     assert code == 0 and output.startswith(f"{folder} is finished already\n"), errors
     assert "unstructured-0.3600" in output and " networks in " in output
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
@@ -214,53 +201,53 @@ def test_many_runs_that_are_stopped_say_how_to_go_on(raised, code):
     ],
     ids=lambda v: v if isinstance(v, str) else v[0],
 )
-def test_errors_are_one_line(finished, tmp_path, monkeypatch, capsys, arguments, message):
+def test_errors_are_one_line(finished, tmp_path, arguments, message):
     filled = [
         str(finished[0]) if a == "RUN" else a.replace("{}", str(tmp_path)) if "{}" in a else a
         for a in arguments
     ]
-    code, _, errors = call(monkeypatch, capsys, *filled)
+    code, _, errors = call(*filled)
     assert code == 2
     assert message in " ".join(errors.split()) and "Traceback" not in errors
 
 
-def test_runs_that_are_not_finished_and_folds(tmp_path, monkeypatch, capsys):
-    code, _, errors = call(monkeypatch, capsys, "eval", tmp_path)
+def test_runs_that_are_not_finished_and_folds(tmp_path):
+    code, _, errors = call("eval", tmp_path)
     assert code == 2 and "holds no finished run" in " ".join(errors.split())
     arguments = ["train", *QUICK, "--stages", "1", "--data", "digits@0/5", "--out", tmp_path]
-    assert call(monkeypatch, capsys, *arguments)[0] == 0
-    code, output, _ = call(monkeypatch, capsys, "eval", tmp_path)
+    assert call(*arguments)[0] == 0
+    code, output, _ = call("eval", tmp_path)
     wanted = json.loads((tmp_path / "results.json").read_text())["subnets"][0]["accuracy"]
     assert code == 0 and f"{wanted:.2f}" in output
 
 
-def test_networks_of_separate_weights(monkeypatch, capsys, tmp_path):
+def test_networks_of_separate_weights(tmp_path):
     """A method that trains one network per pattern: each has a file, which commands find."""
     menu = ["--method", "acdc", "--patterns", "unstructured-0.5,2:4", "--epochs", "2"]
     run = tmp_path / "run"
-    code, output, error = call(monkeypatch, capsys, "train", *menu, "--out", run)
+    code, output, error = call("train", *menu, "--out", run)
     assert code == 0, error
     assert "4 networks" in output and str(run / "networks") in output
     rows = json.loads((run / "results.json").read_text())["subnets"]
     assert [row["name"] for row in rows] == ["dense", "dense", "unstructured-0.5000", "2:4"]
     assert len({row["weights"] for row in rows}) == 4
-    code, output, _ = call(monkeypatch, capsys, "eval", run)
+    code, output, _ = call("eval", run)
     assert code == 0
     for row in rows:
         assert f"{row['accuracy']:.2f}" in output and row["name"] in output
-    code, output, _ = call(monkeypatch, capsys, "info", run)
+    code, output, _ = call("info", run)
     assert output.count("dense") == 2 and "2:4" in output
     out = tmp_path / "net.safetensors"
-    code, output, _ = call(monkeypatch, capsys, "export", run, "2:4", "--out", out)
+    code, output, _ = call("export", run, "2:4", "--out", out)
     assert code == 0 and load_file(out)
     dense = [Path(row["weights"]).stem for row in rows[:2]]
     assert dense == ["dense-unstructured-0.5000", "dense-2:4"]
     network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10}).eval()
     test = data_sets.load("digits").test
     for stem, row in zip(dense, rows[:2], strict=True):
-        code, output, error = call(monkeypatch, capsys, "eval", run, "--subnet", stem)
+        code, output, error = call("eval", run, "--subnet", stem)
         assert code == 0 and f"{row['accuracy']:.2f}" in output, error
-        assert call(monkeypatch, capsys, "export", run, stem, "--out", out)[0] == 0
+        assert call("export", run, stem, "--out", out)[0] == 0
         network.load_state_dict(load_file(out))
         assert accuracy(network, test) == pytest.approx(row["accuracy"], abs=1e-3)
     sparse = run / rows[3]["weights"]
@@ -276,22 +263,22 @@ def test_networks_of_separate_weights(monkeypatch, capsys, tmp_path):
         (("eval", run, "--subnet", "best"), "has no network best; name one of dense, dense-uns"),
         (("export", run, "--max-bytes", "9999", "--out", out), "holds 4 networks of separate"),
     ):
-        code, _, error = call(monkeypatch, capsys, *arguments)
+        code, _, error = call(*arguments)
         assert code == 2 and message in " ".join(error.split())
 
 
-def test_averages_are_found_by_the_names_of_their_tickets(monkeypatch, capsys, tmp_path):
+def test_averages_are_found_by_the_names_of_their_tickets(tmp_path):
     """Files of a run's networks may have other names than the networks."""
     fields = ["--method", "lottery-pools", "--epochs", "1", "--stages", "1", "--batch-size", "512"]
     arguments = [*fields, "--search-samples", "0", "--neighbours", "1", "--no-plots"]
     run, out = tmp_path / "run", tmp_path / "net.safetensors"
-    assert call(monkeypatch, capsys, "train", *arguments, "--out", run)[0] == 0
+    assert call("train", *arguments, "--out", run)[0] == 0
     for row in json.loads((run / "results.json").read_text())["subnets"]:
         assert row["weights"] == f"networks/average-{row['name']}.safetensors"
         for name in (row["name"], f"average-{row['name']}"):
-            code, output, error = call(monkeypatch, capsys, "eval", run, "--subnet", name)
+            code, output, error = call("eval", run, "--subnet", name)
             assert code == 0, error
             (line,) = [line for line in output.splitlines() if row["name"] in line]
             assert f"{row['accuracy']:.2f}" in line
-            code, _, error = call(monkeypatch, capsys, "export", run, name, "--out", out)
+            code, _, error = call("export", run, name, "--out", out)
             assert code == 0 and load_file(out), error

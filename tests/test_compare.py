@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from test_cli import call
+from commands import call
 
 from sparse_cocktail import cli, runs
 from sparse_cocktail.compare import ENTRIES, check_plans, collect, compare, plan
@@ -164,8 +164,8 @@ def test_names_are_entries_or_methods(recipe):
         ),
     ],
 )
-def test_errors_are_one_line(monkeypatch, capsys, tmp_path, arguments, message):
-    code, _, error = call(monkeypatch, capsys, "compare", "--out", tmp_path, *arguments)
+def test_errors_are_one_line(tmp_path, arguments, message):
+    code, _, error = call("compare", "--out", tmp_path, *arguments)
     assert code == 2 and message in error and "Traceback" not in error
     assert not list(tmp_path.iterdir())
 
@@ -353,11 +353,11 @@ def test_only_what_is_not_finished_is_trained(done, recipe, monkeypatch):
         compare(recipe, out, (1,), NAMES, {"lr": 0.04}, 8)
 
 
-def test_the_command(monkeypatch, capsys, recipe, done):
+def test_the_command(recipe, done):
     out, _ = done
     arguments = ["--recipe", recipe, "--out", out, "--seeds", 1, "--methods", ",".join(NAMES)]
     arguments += ["--set", "lr=0.04", "--budget", 6, "--stages", 2]
-    code, text, error = call(monkeypatch, capsys, "compare", *arguments)
+    code, text, error = call("compare", *arguments)
     assert code == 0, error
     for name in (*NAMES, "compare.md", "curves.png", "search.png"):
         assert name in text

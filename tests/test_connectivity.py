@@ -6,7 +6,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from test_cli import call
+from commands import call
 from test_engine import MODEL, SHORT, toy
 
 from sparse_cocktail import Cocktail
@@ -186,12 +186,10 @@ def pictures(folder) -> list[str]:
 BOTH = ["plots/connectivity-stages.png", "plots/connectivity-patterns.png"]
 
 
-def test_the_command_measures_and_draws(run, tmp_path, monkeypatch, capsys):
+def test_the_command_measures_and_draws(run, tmp_path):
     folder = shutil.copytree(run, tmp_path / "run")
     few = ("--points", 3, "--matrix-points", 3)
-    code, output, errors = call(
-        monkeypatch, capsys, "connect", folder, "--data", "test_engine:toy", *few
-    )
+    code, output, errors = call("connect", folder, "--data", "test_engine:toy", *few)
     assert code == 0, errors
     assert "20 lines, 32 networks to evaluate" in output
     for words in ("dense, all stages", "n:m, adjacent stages", "unstructured to channel", *BOTH):
@@ -199,8 +197,8 @@ def test_the_command_measures_and_draws(run, tmp_path, monkeypatch, capsys):
     assert all((folder / name).is_file() for name in BOTH)
 
 
-def test_data_given_in_python_is_a_clear_error(run, monkeypatch, capsys):
-    code, _, errors = call(monkeypatch, capsys, "connect", run)
+def test_data_given_in_python_is_a_clear_error(run):
+    code, _, errors = call("connect", run)
     assert code == 2 and "names no data set that can be loaded; give --data" in errors
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import call
 from PIL import Image
-from test_cli import call
 from test_engine import SHORT, Stop, crash_before, position, same, weights
 
 from sparse_cocktail import data as data_sets
@@ -490,13 +490,13 @@ def test_resume_is_bit_exact_with_other_workers(
     assert same(weights(tmp_path), expected)
 
 
-def test_train_and_eval_on_the_command_line(noisy, tmp_path, monkeypatch, capsys):
+def test_train_and_eval_on_the_command_line(noisy, tmp_path):
     fields = {"data": "imagenet-32", "data-dir": noisy, "workers": 1, "epochs": 1, "stages": 1}
     fields |= {"batch-size": 8, "out": tmp_path / "run", "model-args": '{"inputs": 3, "classes":4}'}
     options = [text for name, value in fields.items() for text in (f"--{name}", value)]
-    code, _, errors = call(monkeypatch, capsys, "train", *options)
+    code, _, errors = call("train", *options)
     assert code == 0, errors
-    code, output, errors = call(monkeypatch, capsys, "eval", tmp_path / "run")
+    code, output, errors = call("eval", tmp_path / "run")
     assert code == 0 and "channel-0.1" in output, errors
 
 

@@ -4,12 +4,11 @@ import base64
 import copy
 import json
 import re
-import sys
 from html.parser import HTMLParser
 
 import pytest
+from commands import call
 
-from sparse_cocktail import cli
 from sparse_cocktail.page import read_run, run_page, write_page
 
 RESULTS = {
@@ -244,38 +243,29 @@ def test_the_file_lies_in_the_run_or_where_one_says(results, tmp_path):
 # ---- the commands --------------------------------------------------------------------------------
 
 
-def call(monkeypatch, capsys, *arguments):
-    """Exit code, standard output and error of one command."""
-    monkeypatch.setattr(sys, "argv", ["sparse-cocktail", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    output = capsys.readouterr()
-    return stop.value.code or 0, output.out, output.err
-
-
-def test_plot_draws_and_says_where(results, tmp_path, monkeypatch, capsys):
+def test_plot_draws_and_says_where(results, tmp_path):
     save(tmp_path, results)
-    code, output, errors = call(monkeypatch, capsys, "plot", tmp_path, "--out", tmp_path / "new")
+    code, output, errors = call("plot", tmp_path, "--out", tmp_path / "new")
     assert code == 0, errors
     names = ("accuracy", "interpolation", "training")
     assert output.split() == [str(tmp_path / "new" / f"{name}.png") for name in names]
     assert all((tmp_path / "new" / f"{n}.png").read_bytes()[:4] == b"\x89PNG" for n in names)
-    assert call(monkeypatch, capsys, "plot", tmp_path)[0] == 0
+    assert call("plot", tmp_path)[0] == 0
     assert len(list((tmp_path / "plots").iterdir())) == 3
 
 
-def test_plot_without_a_log_says_what_is_missing(results, tmp_path, monkeypatch, capsys):
+def test_plot_without_a_log_says_what_is_missing(results, tmp_path):
     save(tmp_path, results, log=None)
-    code, output, _ = call(monkeypatch, capsys, "plot", tmp_path)
+    code, output, _ = call("plot", tmp_path)
     assert code == 0 and "no log.jsonl" in output
     assert not (tmp_path / "plots" / "training.png").exists()
 
 
-def test_report_writes_and_says_where(results, tmp_path, monkeypatch, capsys):
+def test_report_writes_and_says_where(results, tmp_path):
     save(tmp_path, results)
-    code, output, _ = call(monkeypatch, capsys, "report", tmp_path)
+    code, output, _ = call("report", tmp_path)
     assert code == 0 and output.split() == [str(tmp_path / "report.html")]
-    code, _, errors = call(monkeypatch, capsys, "report", tmp_path, "--out", tmp_path / "x.pdf")
+    code, _, errors = call("report", tmp_path, "--out", tmp_path / "x.pdf")
     assert code == 2 and "must be a file that ends in .html" in " ".join(errors.split())
 
 
@@ -321,22 +311,20 @@ SUBNET = RESULTS["subnets"][1]
     ids=lambda v: str(v)[:30],
 )
 @pytest.mark.parametrize("command", ["plot", "report"])
-def test_damaged_and_foreign_runs(tmp_path, monkeypatch, capsys, command, results, log, message):
+def test_damaged_and_foreign_runs(tmp_path, command, results, log, message):
     for name, text in (("results.json", results), ("log.jsonl", log)):
         if text is not None:
             (tmp_path / name).write_text(text)
-    code, _, errors = call(monkeypatch, capsys, command, tmp_path)
+    code, _, errors = call(command, tmp_path)
     errors = "".join(errors.split())  # lines are wrapped, also within the folder's name
     assert code == 2 and "Traceback" not in errors
     assert "".join(message.split()) in errors
     assert not (tmp_path / "plots").exists() and not (tmp_path / "report.html").exists()
 
 
-def test_a_folder_that_is_none(tmp_path, monkeypatch, capsys):
-    code, _, errors = call(monkeypatch, capsys, "report", tmp_path / "none")
+def test_a_folder_that_is_none(tmp_path):
+    code, _, errors = call("report", tmp_path / "none")
     assert code == 2 and "is no folder" in " ".join(errors.split())
     save(tmp_path, RESULTS)
-    code, _, errors = call(
-        monkeypatch, capsys, "plot", tmp_path, "--out", tmp_path / "results.json"
-    )
+    code, _, errors = call("plot", tmp_path, "--out", tmp_path / "results.json")
     assert code == 2 and "is a file; give a folder" in " ".join(errors.split())

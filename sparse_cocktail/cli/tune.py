@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from .base import app
-from .bench import _checkout, _names, _tell, numbers
+from .bench import Device, Threads, check_device, checkout, finish, names, numbers, tell
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
     """(out, in) from a list such as 4096x1024,1024x1024."""
     found = []
-    for name in _names(text):
+    for name in names(text):
         sizes = re.fullmatch(r"(\d+)x(\d+)", name)
         if sizes is None:
             raise ValueError(
@@ -44,7 +44,7 @@ def _shapes_of(model: str) -> list[tuple[int, int]]:
 
 @app.command()
 def tune(
-    device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
+    device: Device = "cpu",
     layers: Annotated[
         str, typer.Option(help="OUTxIN of layers, such as 4096x1024,1024x4096 (default: a grid)")
     ] = "",
@@ -55,27 +55,19 @@ def tune(
     patterns: Annotated[str, typer.Option(help="such as 2:4,4:8")] = "",
     dtypes: Annotated[str, typer.Option("--dtype", help="of fp32,bf16,fp16")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="few samples: less sure")] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="threads on the CPU (default: torch's)", min=1)
-    ] = None,
+    threads: Threads = None,
 ) -> None:
     """Measure the routes of N:M layers on this machine and write the table that chooses them.
 
     Every result is compared with float64 before it is timed. Sizes that are not measured now keep
     what the table has. 'sparse-cocktail info --choices' prints it.
     """
-    program = _checkout("bench_nm")
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"tune: device={device!r} is not one of cpu, cuda")
+    program = checkout("bench_nm")
+    check_device("tune", device)
     if layers and model:
         raise ValueError("tune: layers and model are both given; use one of them")
     shapes = _shapes_of(model) if model else _shapes(layers)
-    arguments = numbers("tune", "rows", rows), _names(patterns), _names(dtypes)
-    result, path = program.tune(device, shapes, *arguments, quick, threads, _tell)
-    _tell(program.summary(result))
-    _tell(str(path))
-    wrong = program.failures(result)
-    for row in wrong:
-        _tell(f"FAILED: {row['case']}, {row['impl']}: {row['note']}")
-    if wrong:
-        raise typer.Exit(1)
+    arguments = numbers("tune", "rows", rows), names(patterns), names(dtypes)
+    result, path = program.tune(device, shapes, *arguments, quick, threads, tell)
+    tell(program.summary(result))
+    finish([path], program.failures(result))
