@@ -26,7 +26,8 @@ EACH = [(name, plan) for name, plans in PLANS.items() for plan in plans]
 each_plan = pytest.mark.parametrize(("name", "plan"), EACH, ids=str)
 each_kernel = pytest.mark.parametrize("name", PLANS)
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from sparse_cocktail.stepping import Stepper
 
 # Two ratios, or what comes closest, in runs of a second.
 COMMON = {"threads": 1, "recalibrate_samples": 64, "batch_size": 16, "epochs": 2, "stages": 2}
-COMMON |= {"checkpoint_every": 4, "log_every": 2}
+COMMON |= {"checkpoint_every": 8, "log_every": 2}
 OWN = {
     "cocktail": {"interpolation": True, "search_samples": 0, "consolidate": 1.0},
     "ast": {"ladder": "unstructured+channel+n:m", "dense": True, "interleave": True},
