@@ -217,7 +217,7 @@ def _pruned(engine: EngineSteps) -> dict[int, Masks]:
 # ---- the gate ------------------------------------------------------------------------------------
 
 
-class Record:
+class Losses:
     """Losses of a period's steps, and gradients by place, each step taken alone."""
 
     def __init__(self, steps: Steps, pair: bool, dense: bool = False) -> None:
@@ -248,7 +248,7 @@ class Gate:
     exact ones of the others, since one error may be small by luck.
     """
 
-    def __init__(self, torchs: Record, exact: Record, dtype: torch.dtype) -> None:
+    def __init__(self, torchs: Losses, exact: Losses, dtype: torch.dtype) -> None:
         self.torchs, self.exact, self.dtype = torchs, exact, dtype
 
     def __call__(self, places: Sequence[int], found: Tensors) -> Verdict:
@@ -283,10 +283,10 @@ class Bench:
         with ops.backend("reference"), exactly():  # every op by its definition
             own = EngineSteps(training, wide, self.engine)
             torchs = TorchSteps(training, pruned, wide)
-            exact = {pair: (Record(own, pair), Record(torchs, pair)) for pair in (True, False)}
-            dense = Record(TorchSteps(training, None, wide), False, dense=True)
+            exact = {pair: (Losses(own, pair), Losses(torchs, pair)) for pair in (True, False)}
+            dense = Losses(TorchSteps(training, None, wide), False, dense=True)
         for pair, (ours, theirs) in exact.items():
-            narrow = Record(self.peer, pair)
+            narrow = Losses(self.peer, pair)
             check = Gate(narrow, theirs, dtype)
             for place, name in self.names.items():
                 verdict = check((place,), [ours.losses[[place]], *ours.grads[place]])
@@ -296,7 +296,7 @@ class Bench:
                         f"PyTorch: {verdict.says}; compare stepping.py with groups_train.py"
                     )
             made[False, pair] = Gate(narrow, ours, dtype)
-        made[True, False] = Gate(Record(self.dense, False, dense=True), dense, dtype)
+        made[True, False] = Gate(Losses(self.dense, False, dense=True), dense, dtype)
         return made
 
     def _impl(self, name: str, steps: Steps, places: Sequence[int], pair: bool) -> Impl:

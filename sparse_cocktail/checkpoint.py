@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import random
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .files import read_tensors, write_tensors
 
-__all__ = ["load_checkpoint", "restore_dataclass", "save_checkpoint"]
+__all__ = [
+    "load_checkpoint",
+    "random_states",
+    "restore_dataclass",
+    "restore_random_states",
+    "save_checkpoint",
+]
 
-FORMAT = 2
+FORMAT = 3
 _KIND = "checkpoint"
 
 
@@ -49,6 +58,27 @@ def restore_dataclass(target: Any, values: dict[str, Any]) -> None:
             restore_dataclass(current, values[field.name])
         else:
             setattr(target, field.name, values[field.name])
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """States of the generators that a run may draw from: of Python, numpy, torch and the GPU."""
+    numpy = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to `random_states`; those of a GPU where it is one again."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["device"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)
 
 
 def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

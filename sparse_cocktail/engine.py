@@ -18,7 +18,7 @@ from torch import nn
 
 from . import data as data_sets
 from . import models
-from .checkpoint import restore_dataclass
+from .checkpoint import random_states, restore_dataclass, restore_random_states
 from .cocktail import Cocktail
 from .config import Config, split_fields
 from .data import Data
@@ -330,14 +330,12 @@ class Trainer:
 
     def _own_state(self, weights: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What differs between ranks: random states, BatchNorm statistics, a kept batch."""
-        on_gpu = self.device.type == "cuda"
         parameters = dict(self.ctx.model.named_parameters(remove_duplicate=False))
         state, kept = self.ctx.cocktail.state(), self.stepper.kept
         own = {s["name"]: s["statistics"] for s in state["subnets"] if s["statistics"] is not None}
         shared = state["shared"]
         return {
-            "random": torch.get_rng_state(),
-            "random_device": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+            "random": random_states(self.device),
             "buffers": {k: v.cpu() for k, v in weights.items() if k not in parameters},
             "shared": None if shared is None else [t.cpu() for t in shared],
             "statistics": {name: [t.cpu() for t in own[name]] for name in own},
@@ -369,9 +367,7 @@ class Trainer:
         stride_like_parameters(ctx.optimizer)
         if tree["scaler"]:
             self.stepper.scaler.load_state_dict(tree["scaler"])
-        torch.set_rng_state(own["random"])
-        if own["random_device"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random_device"], self.device)
+        restore_random_states(own["random"], self.device)
 
     def _settle_buckets(self) -> None:
         """One forward and backward, whose traces `_restore` overwrites.

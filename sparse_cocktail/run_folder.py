@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -19,6 +21,7 @@ CHECKPOINT, LOG, CONFIG, RESULTS = (
     "config.json",
     "results.json",
 )
+LOCK = ".lock"  # of the process that trains here
 # Fields that a resumed run may change: they alter nothing that is computed.
 _FREE = ("checkpoint_every", "tensorboard", "workers")
 
@@ -45,6 +48,7 @@ class RunFolder:
         self.path, self.facts, self.writes = path, facts, writes
         self.checkpoint_path = path / CHECKPOINT
         self._log: TextIO | None = None
+        self._lock: TextIO | None = None
         self._early: list[str] = []  # log lines from before the folder is this run's
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -69,7 +73,12 @@ class RunFolder:
             )
 
     def claim(self, resume: bool) -> dict[str, Any] | None:
-        """Start anew, or return the checkpoint to go on from (None when there is none yet)."""
+        """Start anew, or return the checkpoint to go on from (None when there is none yet).
+
+        Raises ValueError where another process trains in the folder.
+        """
+        if self.writes:
+            self._keep_others_out()
         tree = None
         if resume and self.checkpoint_path.is_file():
             tree = load_checkpoint(self.checkpoint_path)
@@ -94,6 +103,20 @@ class RunFolder:
             self._log.truncate(end)  # later lines are written again
         return tree
 
+    def _keep_others_out(self) -> None:
+        """Lock the folder until the run or the process ends; children do not hold the lock."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / LOCK, "w")  # noqa: SIM115 - open for the whole run
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:  # which of them depends on the system
+            raise ValueError(
+                f"train: another process is training in {self.path}; wait until it has ended, or "
+                "give another --out"
+            ) from error
+        except OSError:  # a file system without locks
+            return
+
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
         text = json.dumps(line) + "\n"
@@ -114,3 +137,7 @@ class RunFolder:
         if self._log is not None:
             write_json(self.path / RESULTS, results)
             self._log.close()
+        if self._lock is not None:
+            with contextlib.suppress(FileNotFoundError):
+                (self.path / LOCK).unlink()
+            self._lock.close()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ from sparse_cocktail.engine import Interrupted, Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS, Method, Pass, Stage
 from sparse_cocktail.stepping import Stepper
+from sparse_cocktail.tasks import Classification
 
 MODEL = {"model_args": {"width": 4, "classes": 3}}
 SHORT = {
@@ -243,6 +246,26 @@ def test_resume_is_bit_exact(undisturbed, tmp_path, monkeypatch, stage, step, ev
     assert losses[0] == losses[1]  # no line twice, none missing
 
 
+class Drawing(Classification):
+    """Draws from every generator that user code may draw from."""
+
+    def loss(self, output, target):
+        drawn = random.gauss(0, 1) + np.random.randn() + float(torch.randn(()))
+        return super().loss(output, target) * (1 + 0.05 * drawn)
+
+
+def test_resume_repeats_what_python_numpy_and_torch_draw(tmp_path, monkeypatch):
+    fields = {**SHORT, **MODEL, "epochs": 2, "checkpoint_every": 3, "task": Drawing()}
+    train("resnet8", toy(), tmp_path / "whole", **fields)
+    undo = crash_before(monkeypatch, 1, 5)
+    with pytest.raises(Stop):
+        train("resnet8", toy(), tmp_path / "broken", **fields)
+    undo()
+    random.random(), np.random.rand(), torch.rand(())
+    train("resnet8", toy(), tmp_path / "broken", resume=True, **fields)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+
+
 KILLED = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
@@ -267,6 +290,8 @@ def test_resume_after_a_kill_in_the_middle_of_a_stage(tmp_path):
         while position(broken) != (1, 4):
             assert child.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
+        with pytest.raises(ValueError, match="another process is training in .*give another --out"):
+            run(broken, checkpoint_every=1, epochs=2, resume=True)
     finally:
         child.kill()  # SIGKILL
         child.wait()
