@@ -250,6 +250,11 @@ def test_networks_of_separate_weights(tmp_path):
         assert call("export", run, stem, "--out", out)[0] == 0
         network.load_state_dict(load_file(out))
         assert accuracy(network, test) == pytest.approx(row["accuracy"], abs=1e-3)
+    limit = max(row["bytes"] for row in rows[2:])
+    code, output, _ = call("export", run, "--max-bytes", limit, "--out", out)
+    fitting = [row for row in rows if row["bytes"] <= limit]
+    picked = next(row for row in fitting if f"{row['name']} of {run / row['weights']} ->" in output)
+    assert code == 0 and picked["accuracy"] == max(row["accuracy"] for row in fitting)
     sparse = run / rows[3]["weights"]
     for arguments, message in (
         (("export", run, "dense", "--out", out), "has 2 networks dense; name the file of one: "),
@@ -261,7 +266,7 @@ def test_networks_of_separate_weights(tmp_path):
             "has no network 1:4; name one of dense, dense-unstr",
         ),
         (("eval", run, "--subnet", "best"), "has no network best; name one of dense, dense-uns"),
-        (("export", run, "--max-bytes", "9999", "--out", out), "holds 4 networks of separate"),
+        (("export", run, "--max-bytes", "9", "--out", out), "the smallest there are: bytes"),
     ):
         code, _, error = call(*arguments)
         assert code == 2 and message in " ".join(error.split())

@@ -1,16 +1,15 @@
 """What subnets cost (bytes, milliseconds), and picking one within limits."""
 
 import copy
-import sys
 
 import pytest
 import torch
+from commands import call as run_command
 from safetensors.torch import load_file
 from test_cocktail import network
 from torch import nn
 
-from sparse_cocktail import Cocktail, MaskedLinear, cli, convert, models
-from sparse_cocktail.cli.base import console
+from sparse_cocktail import Cocktail, MaskedLinear, convert, models
 
 PATTERNS = ("unstructured-0.8", "channel-0.5", "2:4", "1:8")
 
@@ -255,23 +254,18 @@ def test_a_copied_cocktail_keeps_its_figures(menu):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """`command(*arguments)`: export a saved menu; (code, everything said, path that was named)."""
+def command(tmp_path):
+    """The cocktail of a saved menu; `command(verb, *arguments)` of it: (code, everything said)."""
     cocktail = Cocktail(convert(models.build("resnet8", {"width": 8})))
     for pattern, accuracy in {"2:4": 92.0, "channel-0.7": 80.0}.items():
         cocktail.add(pattern).accuracy = accuracy
     cocktail.save(tmp_path / "menu.safetensors")
-    monkeypatch.setattr(console, "width", 300)
 
-    def call(verb, *arguments):
-        line = ["sparse-cocktail", verb, str(tmp_path / "menu.safetensors"), *map(str, arguments)]
-        monkeypatch.setattr(sys, "argv", line)
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        said = capsys.readouterr()
-        return stop.value.code or 0, " ".join((said.out + said.err).split())
+    def command(verb, *arguments):
+        code, said, error = run_command(verb, tmp_path / "menu.safetensors", *arguments)
+        return code, " ".join((said + error).split())
 
-    return cocktail, call
+    return cocktail, command
 
 
 def test_export_picks_within_limits(command, tmp_path):
@@ -286,7 +280,12 @@ def test_export_picks_within_limits(command, tmp_path):
     ):
         code, said = call("export", "--out", out, *options)
         assert code == 0 and said.startswith(f"{wanted} of "), said
+        assert "milliseconds are those of the slim network" not in said
         assert torch.equal(load_file(out)["fc.weight"], cocktail.export(wanted).fc.weight)
+    least = ("--max-ms", "1e9", "--max-bytes", sizes["channel-0.7000"], *shape)
+    for slim in ((), ("--slim",)):
+        code, said = call("export", "--out", out, *least, *slim)
+        assert code == 0 and ("network: add --slim" in said) == (not slim)
     code, said = call("info")
     assert code == 0 and f"{sizes['2:4']:,}" in said and "bytes" in said
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +22,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(emoji=False)  # "N:M: ..." is no emoji
+# "N:M: ..." is no emoji. What goes to a file or a pipe has no screen that it must fit.
+WIDE = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+console = Console(emoji=False, width=WIDE)
 
 
 def changed_fields(op: str, given: list[str] | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from .base import app, console
 from .loading import FileArgument, ModelOption, data_of, files_of, load_cocktail, network_of
@@ -96,27 +96,25 @@ def export(
 ) -> None:
     """Write one subnet as a plain PyTorch network, its mask baked in.
 
-    Instead of a name, limits pick the most accurate subnet that keeps to all of them. The weights
-    of a slim network are loaded with sparse_cocktail.load_slim(model, state_dict).
+    Instead of a name, limits pick the most accurate subnet that keeps to all of them, over all
+    networks of a run. The weights of a slim network are loaded with
+    sparse_cocktail.load_slim(model, state_dict).
     """
     import torch
 
     from ..files import write_atomic, write_tensors
 
-    limits = {"max_flops": max_flops, "max_bytes": max_bytes, "max_ms": max_ms}
+    limits = {"flops": max_flops, "bytes": max_bytes, "ms": max_ms}
     if bool(subnet) == any(limit is not None for limit in limits.values()):
         raise ValueError(
             "export: give either the name of a subnet or limits (--max-flops, --max-bytes, "
             "--max-ms)"
         )
-    place = file
     if subnet:
         place, subnet = network_of(file, subnet)
+    else:
+        place, subnet = _picked(file, model, limits, sample)
     cocktail = load_cocktail(place, model)
-    if not subnet:
-        by_size = max_flops is None and max_ms is None
-        example = None if by_size else torch.zeros(1, *_sample_shape(cocktail, sample))
-        subnet = cocktail.pick(**limits, example_input=example).name
     _check_trained(cocktail, subnet, file)
     samples = None
     if slim:
@@ -135,12 +133,41 @@ def export(
     else:
         raise ValueError(f"export: out={out} must end in .safetensors or .pt2")
     (row,) = [r for r in cocktail.summary() if r["name"] == cocktail.subnet(subnet).name]
-    place = f"zeros in place, {sum(p.numel() for p in network.parameters()):,} parameters in all"
+    whole = f"zeros in place, {sum(p.numel() for p in network.parameters()):,} parameters in all"
     console.print(
-        f"{row['name']} of {file} -> {out} ({row['nnz']:,} weights kept in the masked layers, "
-        f"{place})",
+        f"{row['name']} of {place} -> {out} ({row['nnz']:,} weights kept in the masked layers, "
+        f"{whole})",
         soft_wrap=True,
     )
+    if max_ms is not None and row["pattern"] == "channel" and not slim:
+        console.print("Its milliseconds are those of the slim network: add --slim", soft_wrap=True)
+
+
+def _picked(
+    file: Path, model: str, limits: dict[str, float | None], sample: str
+) -> tuple[Path, str]:
+    """File and name of the most accurate subnet within limits, over all networks of a run."""
+    import torch
+
+    from ..costs import best
+
+    rows, places, files = [], {}, files_of(file)
+    example = None
+    for path in files:
+        cocktail = load_cocktail(path, model)
+        if example is None and (limits["flops"], limits["ms"]) != (None, None):
+            example = torch.zeros(1, *_sample_shape(cocktail, sample))
+        for row in cocktail.summary(example):
+            if row["name"] in _shown(cocktail):
+                label = f"{path.stem}: {row['name']}" if len(files) > 1 else row["name"]
+                places[label] = path, row["name"]
+                rows.append({**row, "name": label})
+
+    def milliseconds(label: str) -> float:
+        path, name = places[label]
+        return load_cocktail(path, model).latency(name, example)
+
+    return places[best(rows, limits, milliseconds)]
 
 
 def _sample_shape(cocktail, sample: str) -> tuple[int, ...]:
@@ -226,9 +253,8 @@ def _choices() -> None:
     here = routes.this_card()
     for card in sorted({*routes.cards(), *nm_routes.cards(), here}):
         title = f"{card} (this machine)" if card == here else card
-        table = Table(
-            "op / dtype / sizes / density", "route", "faster by", title=title, pad_edge=False
-        )
+        what = Column("op / dtype / sizes / density", overflow="fold")  # never cut: it is a key
+        table = Table(what, "route", "faster by", title=title, pad_edge=False)
         for bucket, row in {**routes.table(card), **nm_routes.table(card)}.items():
             table.add_row(bucket, row["route"], f"{row['ratio']:.2f}x")
         if not table.rows:
