@@ -6,7 +6,7 @@
 The menu is Sparse Cocktail's: ten unstructured, ten channel and three N:M subnets of ResNet-50,
 magnitude masks of random weights. Each is exported (channel subnets slim, N:M compressed) and one
 forward of a batch is timed, beside the dense network in the same run. On the CPU unstructured
-subnets are also timed as masked layers, which pack their weights.
+subnets are also timed as plain networks with zeros.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cocktail import Cocktail, convert, models, prune_
+from sparse_cocktail import Cocktail, convert, models
 from sparse_cocktail.costs import state_bytes
 from sparse_cocktail.files import read_json
 from sparse_cocktail.methods.menu import ladder
@@ -45,8 +45,7 @@ LOOKED_AT = 2  # images that the gate compares
 REMARKS = (
     "One forward of a batch in {dtype} and channels_last, random weights pruned by magnitude. "
     "Channel subnets are slim (`cocktail.export(name, example_input=x)`), N:M ones compressed, "
-    "unstructured ones plain networks with zeros; *masked*: the same as masked layers, which pack "
-    "their weights in eval mode where that is faster. BatchNorm is folded in none of them. All are "
+    "unstructured ones {unstructured}. BatchNorm is folded in none of them. All are "
     "timed in turn{modes}. A result is timed when its error against {exact} is at most twice that "
     "of the same network in plain torch.nn.",
     "",
@@ -91,11 +90,11 @@ class Menu:
                 continue
             pattern = parse(name)
             example = self.example if isinstance(pattern, Channel) else None
-            made = self.cocktail.export(name, example_input=example)
+            unstructured = isinstance(pattern, Unstructured)
+            made = self.cocktail.export(name, gpu and unstructured, example)
             self.networks[f"ours/{name}"] = name, self._moved(made)
-            if isinstance(pattern, Unstructured) and not gpu:
-                made = prune_(convert(copy.deepcopy(plain), channels_last=True), name).eval()
-                self.networks[f"ours/{name}, masked"] = name, made
+            if unstructured and not gpu:
+                self.networks[f"ours/{name}, zeros"] = name, self._plain(name)
 
     def _moved(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, self.dtype, memory_format=torch.channels_last)
@@ -266,6 +265,10 @@ def redraw(path: Path, pictures: bool = True) -> list[Path]:
         "dtype": "bf16" if gpu else "fp32",
         "exact": "float32" if gpu else "float64",
         "modes": "; `graph`: replays of a CUDA graph" if gpu else "",
+        "unstructured": "plain networks with zeros"
+        if gpu
+        else "layers that hold what is kept and multiply without the zeros where that is faster; "
+        "*zeros*: the same as plain networks with zeros",
         "memory": " `peak`: what a forward needs on the GPU besides." if gpu else "",
     }
     remarks = [text.format(**words) for text in REMARKS]
@@ -288,15 +291,15 @@ def _draw(path: Path, head: str, lines: Sequence[dict]) -> Path:
         for ax, batch in zip(axes, batches, strict=True):
             some = [e for e in lines if e["batch"] == batch]
             for key, (label, colour, marker) in PATTERNS.items():
-                for masked, style in ((False, "-"), (True, ":")):
+                for zeros, style in ((False, "-"), (True, ":")):
                     points = sorted(
                         (100 * e["sparsity"], e["gain"])
                         for e in some
                         if family(parse(e["subnet"]).kind) == key
-                        and masked == e["impl"].endswith("masked")
+                        and zeros == e["impl"].endswith("zeros")
                     )
                     if points:
-                        name = f"{label}, masked layers" if masked else label
+                        name = f"{label}, zeros in place" if zeros else label
                         look = {"color": colour, "marker": marker, "ms": 4, "ls": style}
                         ax.plot(*zip(*points, strict=True), label=name, **look)
             ax.axhline(1, color=LIMIT, lw=1.0, label="dense")

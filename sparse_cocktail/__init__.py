@@ -10,14 +10,16 @@ from . import ops, patterns  # noqa: E402
 from .bank import MaskBank  # noqa: E402
 from .batch_norm import MaskedBatchNorm2d  # noqa: E402
 from .cocktail import Cocktail, Subnet  # noqa: E402
+from .compression import load_compressed, to_compressed  # noqa: E402
 from .conversion import convert  # noqa: E402
 from .modules import MaskedConv2d, MaskedLinear  # noqa: E402
 from .nm_modules import NMConv2d, NMLinear  # noqa: E402
 from .patterns import NM, Block, Channel, Dense, Unstructured, parse  # noqa: E402
 from .premask import premasked  # noqa: E402
-from .pruning import prune_, to_compressed, to_dense  # noqa: E402
+from .pruning import prune_, to_dense  # noqa: E402
 from .recalibrate import recalibrate  # noqa: E402
 from .slimming import load_slim, to_slim  # noqa: E402
+from .sparse_modules import SparseConv2d, SparseLinear  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -33,9 +35,12 @@ __all__ = [
     "MaskedLinear",
     "NMConv2d",
     "NMLinear",
+    "SparseConv2d",
+    "SparseLinear",
     "Subnet",
     "Unstructured",
     "convert",
+    "load_compressed",
     "load_slim",
     "ops",
     "parse",

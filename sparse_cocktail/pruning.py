@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .modules import MaskedConv2d, MaskedLinear, masked_layers
-from .nm_modules import NMConv2d, NMLinear, nm_pattern
-from .patterns import NM, Dense, Pattern, parse
+from .nm_modules import NMConv2d, NMLinear
+from .patterns import Dense, Pattern, parse
 from .selection import eligible, magnitude_masks
+from .sparse_modules import SparseConv2d, SparseLinear
 
-__all__ = ["followers", "output_layers", "prune_", "to_compressed", "to_dense"]
+__all__ = ["followers", "output_layers", "prune_", "replaced", "to_dense"]
 
 
 def prune_(
@@ -73,46 +74,14 @@ def prune_(
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a model in plain torch.nn layers with parameters of its own, masks baked in."""
-    return _replaced(model, lambda _, layer: layer.to_dense())
+    return replaced(model, lambda _, layer: layer.to_dense())
 
 
-def to_compressed(model: nn.Module, pattern: str | NM) -> nn.Module:
-    """A copy of a model for inference, its masked layers in compressed N:M layers.
-
-    Layers without a mask, or too narrow for the pattern, and all BatchNorms become plain ones.
-
-    Args:
-        pattern: N:M; every mask keeps at most n of every m weights along the inputs.
-
-    Raises:
-        ValueError: for another pattern, for a mask that does not fit it, and where no layer has a
-            mask of it.
-    """
-    pattern = nm_pattern("to_compressed", pattern)
-    layers = masked_layers(model)
-    kept = {n for n, m in layers.items() if m.masked and not eligible(m.weight.shape, pattern)}
-    if not kept:
-        raise ValueError(
-            f"to_compressed: no layer of {type(model).__name__} has a mask of {pattern}; prune it "
-            f"with prune_(model, '{pattern}') first"
-        )
-
-    def make(name: str, layer: nn.Module) -> nn.Module:
-        if name not in kept:
-            return layer.to_dense()
-        kind = NMConv2d if isinstance(layer, nn.Conv2d) else NMLinear
-        try:
-            return kind.from_masked(layer, pattern)
-        except ValueError as error:
-            raise ValueError(f"to_compressed: layer {name!r}: {error}") from error
-
-    return _replaced(model, make)
+_OURS = (MaskedLinear, MaskedConv2d, MaskedBatchNorm2d)
+_OURS = (*_OURS, NMLinear, NMConv2d, SparseLinear, SparseConv2d)  # which hold what is kept
 
 
-_OURS = (MaskedLinear, MaskedConv2d, MaskedBatchNorm2d, NMLinear, NMConv2d)
-
-
-def _replaced(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
+def replaced(model: nn.Module, make: Callable[[str, nn.Module], nn.Module]) -> nn.Module:
     """A copy of a model with other modules in the place of our own, from name and module."""
     model = copy.deepcopy(model)
     if hasattr(model, "conversion"):

@@ -6,9 +6,10 @@ from contextlib import suppress
 
 from torch import Tensor, nn
 
+from .compression import to_compressed
 from .costs import Costs, best, latency_ms
-from .patterns import NM, Channel
-from .pruning import to_compressed, to_dense
+from .patterns import NM, Block, Channel, Unstructured
+from .pruning import to_dense
 from .slimming import to_slim
 from .subnet import Subnet
 
@@ -29,16 +30,17 @@ class Serving(Costs):
 
         Args:
             name: of a subnet.
-            plain: torch.nn layers alone, the mask baked in as zeros. Otherwise that is so too, but
-                layers of an N:M subnet are `NMLinear` and `NMConv2d`, which hold what is kept.
+            plain: torch.nn layers alone, the mask baked in as zeros, as in dense and channel
+                subnets. Otherwise layers hold what is kept: `NMLinear` and `NMConv2d` in an N:M
+                subnet, `SparseLinear` and `SparseConv2d` in an unstructured or block one.
             example_input: a batch of inputs on the model's device. Given, channels that are wholly
                 pruned are cut out, so that a channel subnet is smaller and faster: see `to_slim`.
 
         Raises:
-            ValueError: as `to_slim`; and for an N:M subnet's compressed layers, which are not cut.
+            ValueError: as `to_slim`; and for compressed layers, which are not cut.
         """
         subnet = self.subnet(name)
-        compressed = isinstance(subnet.pattern, NM) and not plain
+        compressed = isinstance(subnet.pattern, (NM, Unstructured, Block)) and not plain
         if compressed and example_input is not None:
             raise ValueError(
                 f"Cocktail.export: {subnet.name} with example_input, but compressed layers are not "
@@ -57,8 +59,7 @@ class Serving(Costs):
 
         Measured here and now, in eval mode with torch's present threads, the first time it is asked
         for; then remembered for inputs of this shape, dtype and device. Of a channel subnet the
-        pruned channels are cut out, where they can be. The export of an unstructured one is a plain
-        network with zeros in place, which is no faster by itself.
+        pruned channels are cut out, where they can be.
         """
         x, subnet = example_input, self.subnet(name)
         key = subnet.name, x.shape, x.dtype, x.device

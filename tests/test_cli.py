@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import call
+from commands import assert_refused, call
 from safetensors.torch import load_file
 
 from sparse_cocktail import data as data_sets
-from sparse_cocktail import load_slim, models
+from sparse_cocktail import load_compressed, load_slim, models
 from sparse_cocktail.cli.base import runs_shown
 from sparse_cocktail.methods import METHODS
 from sparse_cocktail.stopping import Interrupted
@@ -97,6 +97,28 @@ def test_slim_exports_are_smaller_and_score_the_same(finished, tmp_path):
     assert accuracy(network, test) == pytest.approx(wanted, abs=1e-3)
     loaded = torch.export.load(str(program)).module()
     assert accuracy(loaded, test) == pytest.approx(wanted, abs=1e-3)
+
+
+def test_compressed_exports_hold_what_is_kept(finished, tmp_path):
+    folder, out = finished[0], tmp_path / "a.safetensors"
+    results = json.loads((folder / "results.json").read_text())
+    wanted = {row["name"]: row["accuracy"] for row in results["subnets"]}
+    for subnet in ("1:2", "unstructured-0.3600"):
+        code, said, _ = call("export", folder, subnet, "--compressed", "--out", out)
+        assert code == 0 and "in the masked layers, nothing else" in said
+        network = models.build("resnet8", {"width": 8, "inputs": 1, "classes": 10})
+        network = load_compressed(network, load_file(out))
+        found = accuracy(network, data_sets.load("digits").test)
+        assert found == pytest.approx(wanted[subnet], abs=1e-3)
+    assert_refused(
+        "is of kind dense; leave", "export", folder, "dense", "--compressed", "--out", out
+    )
+    for options, message in (
+        (("channel-0.1900", "--out", out), "is of kind channel; leave it out, or use --slim"),
+        (("1:2", "--slim", "--out", out), "but --slim is given too"),
+        (("1:2", "--out", tmp_path / "a.pt2"), "give FILE.safetensors alone"),
+    ):
+        assert_refused(message, "export", folder, "--compressed", *options)
 
 
 def accuracy(network, split) -> float:

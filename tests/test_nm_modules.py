@@ -350,8 +350,6 @@ def test_nothing_to_compress_is_an_error():
         ValueError, match=r"to_compressed: no layer of Sequential has a mask of 2:4"
     ):
         to_compressed(model, "2:4")
-    with pytest.raises(ValueError, match=r"to_compressed: pattern='channel-0.5000' is not N:M"):
-        to_compressed(model, "channel-0.5")
     with pytest.raises(ValueError, match=r"to_compressed: layer '0': .*bits keep 2 of a group"):
         to_compressed(prune_(model, "2:4"), "1:4")
 

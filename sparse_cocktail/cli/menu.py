@@ -92,13 +92,16 @@ def export(
     slim: Annotated[
         bool, typer.Option("--slim", help="cut wholly pruned channels out: smaller and faster")
     ] = False,
+    compressed: Annotated[
+        bool, typer.Option("--compressed", help="only what is kept, and a bit per weight")
+    ] = False,
     model: ModelOption = "",
 ) -> None:
     """Write one subnet as a plain PyTorch network, its mask baked in.
 
     Instead of a name, limits pick the most accurate subnet that keeps to all of them, over all
     networks of a run. The weights of a slim network are loaded with
-    sparse_cocktail.load_slim(model, state_dict).
+    sparse_cocktail.load_slim(model, state_dict), compressed ones with load_compressed.
     """
     import torch
 
@@ -116,14 +119,16 @@ def export(
         place, subnet = _picked(file, model, limits, sample)
     cocktail = load_cocktail(place, model)
     _check_trained(cocktail, subnet, file)
+    if compressed:
+        _check_compressed(cocktail, subnet, out, slim)
     samples = None
     if slim:
         draws = torch.Generator().manual_seed(0)
         samples = torch.randn(2, *_sample_shape(cocktail, sample), generator=draws)
-    network = cocktail.export(subnet, plain=True, example_input=samples)
+    network = cocktail.export(subnet, not compressed, samples)
     if out.suffix == ".safetensors":
         facts = {"factory": getattr(cocktail.model, "factory", None), "subnet": subnet}
-        facts |= {"slim": True} if slim else {}
+        facts |= {"slim": True} if slim else {"compressed": True} if compressed else {}
         write_tensors(out, network.state_dict(), facts)
     elif out.suffix == ".pt2":
         inputs = torch.zeros(2, *_sample_shape(cocktail, sample))
@@ -133,7 +138,8 @@ def export(
     else:
         raise ValueError(f"export: out={out} must end in .safetensors or .pt2")
     (row,) = [r for r in cocktail.summary() if r["name"] == cocktail.subnet(subnet).name]
-    whole = f"zeros in place, {sum(p.numel() for p in network.parameters()):,} parameters in all"
+    parameters = sum(p.numel() for p in network.parameters())
+    whole = "nothing else" if compressed else f"zeros in place, {parameters:,} parameters in all"
     console.print(
         f"{row['name']} of {place} -> {out} ({row['nnz']:,} weights kept in the masked layers, "
         f"{whole})",
@@ -141,6 +147,21 @@ def export(
     )
     if max_ms is not None and row["pattern"] == "channel" and not slim:
         console.print("Its milliseconds are those of the slim network: add --slim", soft_wrap=True)
+
+
+def _check_compressed(cocktail, name: str, out: Path, slim: bool) -> None:
+    """Refuse what cannot be written as kept weights."""
+    kind = cocktail.subnet(name).pattern.kind
+    if kind in ("dense", "channel"):
+        raise ValueError(
+            f"export: --compressed is for subnets that keep single weights, but {name} is of kind "
+            f"{kind}; leave it out" + (", or use --slim" if kind == "channel" else "")
+        )
+    if slim or out.suffix != ".safetensors":
+        raise ValueError(
+            f"export: --compressed writes a state dict, but "
+            f"{'--slim is given too' if slim else f'out={out}'}; give FILE.safetensors alone"
+        )
 
 
 def _picked(

@@ -1,0 +1,224 @@
+"""Layers that hold what is kept of an unstructured weight: products, state, models of them."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sparse_cocktail import (
+    Cocktail,
+    MaskedConv2d,
+    MaskedLinear,
+    SparseConv2d,
+    SparseLinear,
+    convert,
+    load_compressed,
+    models,
+    ops,
+    prune_,
+    to_compressed,
+    to_dense,
+)
+from sparse_cocktail.costs import state_bytes
+
+GEOMETRIES = {
+    "plain": {"kernel_size": 3},
+    "pointwise": {"kernel_size": 1},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2},
+    "uneven": {"kernel_size": (3, 5), "padding": "same", "bias": False},
+    "reflected": {"kernel_size": 3, "padding": 2, "padding_mode": "reflect"},
+    "grouped": {"kernel_size": 3, "groups": 4, "padding": 1},
+}
+
+
+def linear(out=48, inputs=37, pattern="unstructured-0.9", **how):
+    layer = MaskedLinear(inputs, out, **how).eval()
+    layer.set_mask(pattern)
+    return layer
+
+
+def conv(name, channels_last=False, pattern="unstructured-0.9"):
+    layer = MaskedConv2d(32, 64, **GEOMETRIES[name]).eval()
+    layer = layer.to(memory_format=torch.channels_last) if channels_last else layer
+    layer.set_mask(pattern)
+    return layer
+
+
+# ---- products ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+@pytest.mark.parametrize("shape", [(37,), (1, 37), (9, 37), (2, 3, 37), (0, 37)], ids=str)
+def test_linear_is_as_accurate_as_torch(way, shape):
+    masked, x = linear(), torch.randn(shape)
+    layer = SparseLinear.from_masked(masked)
+    plain = masked.to_dense()
+    with ops.route(way), torch.no_grad():
+        y = layer(x)
+    exact = F.linear(x.double(), plain.weight.double(), plain.bias.double())
+    error = [(each.double() - exact).abs().sum() for each in (y, plain(x))]
+    assert y.shape == exact.shape and error[0] <= 2 * error[1] + 1e-6
+    assert list(layer._forms) == [{"sparse": "packed", "dense": "dense"}[way]]
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_conv_is_as_accurate_as_torch(name, channels_last, way):
+    masked = conv(name, channels_last)
+    layer, plain = SparseConv2d.from_masked(masked), masked.to_dense()
+    wide = copy.deepcopy(plain).double()
+    for x in (torch.randn(3, 32, 9, 10), torch.randn(32, 9, 10)):
+        if channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with ops.route(way), torch.no_grad():
+            y, exact = layer(x), wide(x.double())
+            error = [(each.double() - exact).abs().sum() for each in (y, plain(x))]
+        assert y.shape == exact.shape and error[0] <= 2 * error[1] + 1e-6
+    assert torch.equal(layer.weight, plain.weight)
+    assert layer.weight.stride() == masked.weight.stride()
+
+
+def test_layers_say_what_they_hold():
+    layer = SparseLinear.from_masked(linear(64, 100))
+    assert len(layer.values) == 640 and layer.density == pytest.approx(0.1)
+    assert "density=0.1000, not run yet" in repr(layer)
+    with ops.route("sparse"), torch.no_grad():
+        layer(torch.randn(8, 100))
+    assert "packed" in repr(layer)
+
+
+def test_inputs_get_gradients_and_other_dtypes_run_dense():
+    masked = linear()
+    layer, plain = SparseLinear.from_masked(masked), masked.to_dense()
+    x = torch.randn(5, 37, requires_grad=True)
+    with ops.route("sparse"):
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x)
+        (wanted,) = torch.autograd.grad(plain(x).square().sum(), x)
+        assert torch.equal(grad, wanted)
+        x = x.detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(layer(x), plain(x))
+        with pytest.raises(TypeError, match=r"x has dtype torch.float64.*convert one of them"):
+            layer(x.double())
+        half = copy.deepcopy(layer).to(torch.bfloat16)
+        assert torch.equal(half(x.bfloat16()), plain.to(torch.bfloat16)(x.bfloat16()))
+
+
+def test_new_values_are_seen():
+    masked = linear()
+    layer, x = SparseLinear.from_masked(masked), torch.randn(8, 37)
+    with torch.no_grad():
+        for way in ("sparse", "dense"):
+            with ops.route(way):
+                before = layer(x) - layer.bias
+                layer.values.mul_(2)
+                torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
+                with torch.inference_mode():
+                    torch.testing.assert_close(layer(x) - layer.bias, 2 * before)
+
+
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+def test_compiles_in_one_graph_after_a_first_run(way):
+    layer, x = SparseLinear.from_masked(linear()), torch.randn(8, 37)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with ops.route(way), torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"run the model once before torch\.compile"):
+            compiled(x)
+        assert torch.equal(layer(x), compiled(x))
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies(again):
+    layer, x = SparseConv2d.from_masked(conv("strided", True)), torch.randn(2, 32, 9, 9)
+    with torch.no_grad():
+        y, made = layer(x), again(layer)
+        assert torch.equal(made(x), y)
+        layer.values.zero_()
+        assert torch.equal(made(x), y)
+
+
+def test_state_dicts_of_other_masks_load():
+    first, second = (
+        SparseLinear.from_masked(linear(pattern=f"unstructured-{s}")) for s in (0.9, 0.7)
+    )
+    x = torch.randn(8, 37)
+    with torch.no_grad():
+        first(x)
+        first.load_state_dict(second.state_dict())
+        assert torch.equal(first(x), second(x))
+    broken = {**second.state_dict(), "values": second.values[:-3]}
+    with pytest.raises(RuntimeError, match=r"values: there are \d+, but bits keeps \d+"):
+        first.load_state_dict(broken)
+
+
+def test_wrong_layers_are_refused():
+    with pytest.raises(ValueError, match=r"SparseLinear\.from_masked: .* has no mask; use Spar"):
+        SparseLinear.from_masked(MaskedLinear(8, 8))
+    with pytest.raises(ValueError, match=r"SparseConv2d\.from_dense: .* has a mask; use Sparse"):
+        SparseConv2d.from_dense(conv("plain"))
+    with pytest.raises(TypeError, match=r"layer is a Conv2d, but it must be an nn\.Linear"):
+        SparseLinear.from_dense(nn.Conv2d(8, 8, 3))
+    with pytest.raises(ValueError, match="x has 5 inputs, but the layer has 37"):
+        SparseLinear.from_masked(linear())(torch.zeros(2, 5))
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+
+def pruned(pattern="unstructured-0.9"):
+    return prune_(models.build("resnet18", {"inputs": 3}), pattern).eval()
+
+
+@pytest.mark.parametrize("pattern", ["unstructured-0.9", "block-4x4-0.8", "2:4"])
+def test_a_compressed_model_is_small_and_comes_back(pattern):
+    model, x = pruned(pattern), torch.randn(2, 3, 32, 32)
+    made = to_compressed(model, pattern)
+    state = made.state_dict()
+    share = {"unstructured-0.9": 0.15, "block-4x4-0.8": 0.25, "2:4": 0.55}[pattern]
+    assert state_bytes(made) < share * state_bytes(to_dense(model))
+    loaded = load_compressed(models.build("resnet18", {"inputs": 3}), state)
+    with torch.no_grad():
+        y = made(x)
+        assert torch.equal(loaded(x), y)
+        torch.testing.assert_close(y, to_dense(model)(x), rtol=1e-4, atol=1e-4)
+    assert loaded.state_dict().keys() == state.keys()
+
+
+def test_layers_that_keep_most_stay_plain():
+    model = prune_(models.build("resnet8", {"width": 16}), "unstructured-0.4")
+    made = to_compressed(model)
+    kinds = {type(m) for m in made.modules() if isinstance(m, (nn.Conv2d, SparseConv2d))}
+    shares = [m.density for m in model.modules() if isinstance(m, MaskedConv2d)]
+    assert kinds == {nn.Conv2d} | ({SparseConv2d} if min(shares) <= 0.5 else set())
+    with pytest.raises(ValueError, match=r"no layer of .* has a mask; prune it with prune_"):
+        to_compressed(prune_(model, None))
+
+
+def test_exports_hold_what_is_kept():
+    model = models.build("resnet18", {"inputs": 3})
+    for weight in model.parameters():
+        if weight.dim() > 1:  # with tails: no layer loses all of its weights
+            nn.init.normal_(weight, std=weight[0].numel() ** -0.5)
+    cocktail = Cocktail(convert(model))
+    cocktail.add("unstructured-0.9")
+    small, plain = (cocktail.export("unstructured-0.9", plain=p) for p in (False, True))
+    assert any(isinstance(m, SparseConv2d) for m in small.modules())
+    assert all(type(m) is not SparseConv2d for m in plain.modules())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), plain(x), rtol=1e-4, atol=1e-4)
+    stated = {row["name"]: row["bytes"] for row in cocktail.summary()}["unstructured-0.9000"]
+    assert state_bytes(small) == pytest.approx(stated, rel=0.05)  # bits of silent channels
+
+
+def test_a_state_dict_of_another_network_is_refused():
+    state = to_compressed(pruned()).state_dict()
+    with pytest.raises(ValueError, match=r"load_compressed: the state dict does not fit ResNet"):
+        load_compressed(models.build("resnet34", {"inputs": 3}), state)
