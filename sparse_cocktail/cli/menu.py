@@ -145,8 +145,9 @@ def export(
         f"{whole})",
         soft_wrap=True,
     )
-    if max_ms is not None and row["pattern"] == "channel" and not slim:
-        console.print("Its milliseconds are those of the slim network: add --slim", soft_wrap=True)
+    timed = {"dense": "", "channel": "slim"}.get(row["pattern"], "compressed")  # as `latency` does
+    if max_ms is not None and timed and not (slim or compressed):
+        console.print(f"Its milliseconds are those of the {timed} network: add --{timed}")
 
 
 def _check_compressed(cocktail, name: str, out: Path, slim: bool) -> None:
