@@ -10,21 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton_places import DEVICE, ON_GPU, can_run, needs_gpu, triton
 
 from sparse_cocktail import ops
 
-pytest.importorskip("triton", reason="Triton is not installed")
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Tests that look into a selection run where its kernels can: on a GPU, or interpreted.
-can_run = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a CUDA GPU or TRITON_INTERPRET=1",
-)
 KERNEL_TESTS = Path(__file__).parent
 
 
@@ -384,7 +375,7 @@ def passes_cases():
     ways, dtypes = ("straight", "bracket_too_low"), {"fp32": torch.float32, "bf16": torch.bfloat16}
     axes = itertools.product(enumerate(ways), enumerate(dtypes), enumerate(ADVERSARIAL))
     for (i, way), (j, dtype), (k, values) in axes:
-        if torch.cuda.is_available() or (i + j + k) % 2 == 0:
+        if ON_GPU or (i + j + k) % 2 == 0:
             yield pytest.param(values, dtypes[dtype], way, id=f"{way}-{dtype}-{values}")
 
 

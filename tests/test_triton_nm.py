@@ -3,25 +3,14 @@
 The same tests run on a GPU, with larger layers, and interpreted on the CPU.
 """
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from triton_compiling import SHARED, processes, reports
+from triton_places import BF16, DEVICE, F16, F32, F64, ON_GPU, can_run, needs_gpu
 
 from sparse_cocktail import reference, reference_nm
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-can_run = pytest.mark.skipif(
-    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a CUDA GPU or TRITON_INTERPRET=1",
-)
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 RAW = {F32: torch.int32, BF16: torch.int16, F16: torch.int16, F64: torch.int64}
 
 

@@ -5,25 +5,16 @@ The same tests run on a GPU, with more values, and interpreted on the CPU.
 """
 
 import math
-import os
 
 import pytest
 import torch
 from triton_compiling import processes, reports
+from triton_places import BF16, DEVICE, F16, F32, F64, ON_GPU, can_run, needs_gpu
 
 from sparse_cocktail import ops
 from sparse_cocktail import reference_soft_topk as reference
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1",
-    reason="needs a CUDA GPU or TRITON_INTERPRET=1",
-)
-needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA GPU")
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+pytestmark = can_run
 BUDGET = TOLERANCE = 1e-6  # of the budget, and of an element of a mask
 SIZE = 1_000_003 if ON_GPU else 9001  # more than a sample
 
