@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from operator import index
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from .ops.dispatch import check_weights
+from .ops.dispatch import as_list, check_weights, whole
 from .ops.masks import check_within
 from .reference import WORD, bits_shape
 
@@ -106,17 +105,12 @@ def _describe(
                 f"global_topk: placement={placement!r} is unknown; use 'replicate' where every "
                 "rank holds the same weights, or 'shard' where each holds its own"
             )
-        try:
-            keep = index(keep)
-        except TypeError:
-            raise TypeError(
-                f"global_topk: keep={keep!r} is not an integer; give one count over all weights of "
-                "all ranks, for example round(density * total)"
-            ) from None
-        weights = [w.detach() for w in weights]
+        keep = whole("global_topk", "keep", keep)
+        weights = as_list("global_topk", "weights", weights)
         check_weights("global_topk", weights)
+        weights = [w.detach() for w in weights]
         if within is not None:
-            within = list(within)
+            within = as_list("global_topk", "within", within)
             check_within("global_topk", weights, within)
     except Exception as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError

@@ -173,7 +173,7 @@ FAULTS = {
     "keep is a list": (
         lambda own: ([_one(2, 3)], [1], "shard"),
         TypeError,
-        "keep=[1] is not an integer; give one count over all weights",
+        "keep=[1] is not an integer; give a count",
     ),
     "keeps differ": (
         lambda own: ([_one(2, 3)], 1 + own, "shard"),

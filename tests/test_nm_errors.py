@@ -18,6 +18,30 @@ LONG = torch.zeros(4, 1, 2, dtype=torch.int32)
 FAR = VALUES.to("meta"), BITS.to("meta")
 
 ERRORS = {
+    "compress_float": (
+        ops.nm_compress,
+        (W, 2.0, 4),
+        TypeError,
+        r"n=2.0, m=4 are not both integers",
+    ),
+    "compress_none": (ops.nm_compress, (W, 2, None), TypeError, r"m=None are not both integers"),
+    "compress_list": (ops.nm_compress, ([W], 2, 4), TypeError, r"weight is a list, .*torch.Tensor"),
+    "decompress_weight": (
+        ops.nm_decompress,
+        (VALUES, BITS, 2, 4, W),
+        TypeError,
+        r"shape is a Tensor.*weight.shape",
+    ),
+    "linear_float": (ops.nm_linear, (X, VALUES, BITS, 2.0, 4), TypeError, r"n=2.0, m=4 are not"),
+    "linear_none": (ops.nm_linear, (None, VALUES, BITS, 2, 4), TypeError, r"x=None .*torch.Tensor"),
+    "linear_values": (ops.nm_linear, (X, None, BITS, 2, 4), TypeError, r"values=None .*torch.Tens"),
+    "pack_float": (ops.nm_pack, (HALF, BITS, 2.0, 4), TypeError, r"n=2.0 is a float, .*an int"),
+    "pack_weight_second": (
+        ops.nm_pack_weight,
+        (W, torch.bfloat16),
+        TypeError,
+        r"bits is a dtype, but it must be a torch.Tensor",
+    ),
     "compress_dense": (ops.nm_compress, (W, 4, 4), ValueError, r"n=4, m=4 breaks 1 <= n < m <= 32"),
     "compress_zero": (ops.nm_compress, (W, 0, 4), ValueError, r"n=0, m=4 breaks"),
     "compress_wide": (ops.nm_compress, (W, 1, 33), ValueError, r"m=33 breaks"),

@@ -1,5 +1,6 @@
 """Every op: opcheck, the choice of backend, and errors that name op, argument, value and rule."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -381,6 +382,10 @@ ERRORS = {
     "nm_dense": (ops.nm_mask, (W, 2, 2), ValueError, r"nm_mask: n=2, m=2 .*1 <= n < m <= 32"),
     "nm_zero": (ops.nm_mask, (W, 0, 2), ValueError, r"nm_mask: n=0, m=2"),
     "nm_wide": (ops.nm_mask, (torch.zeros(1, 33), 1, 33), ValueError, r"m=33 breaks"),
+    "nm_float": (ops.nm_mask, (W, 1.0, 2), TypeError, r"n=1.0 is a float, but it must be an int"),
+    "nm_none": (ops.nm_mask, (None, 1, 2), TypeError, r"weight=None .* must be a torch.Tensor"),
+    "unpack_weight": (ops.unpack_mask, (B, W), TypeError, r"shape is a Tensor.*weight.shape"),
+    "and_none": (ops.mask_and, (B, None), TypeError, r"b=None .* must be a torch.Tensor"),
     "nm_dtype": (ops.nm_mask, (INT, 1, 2), TypeError, r"nm_mask: weight .*int32.*convert"),
     "nm_vector": (ops.nm_mask, (VECTOR, 1, 2), ValueError, r"nm_mask: weight .*\(6,\)"),
     "topk_many": (ops.topk_masks, ([W], 25), ValueError, r"topk_masks: keep=25 .*\[0, 24\]"),
@@ -391,6 +396,19 @@ ERRORS = {
     "topk_devices": (ops.topk_masks, ([W, W.to("meta")], 1), ValueError, r"\[1\] .*meta.*cpu"),
     "topk_within": (ops.topk_masks, ([W], 1, [SMALL]), ValueError, r"within\[0\].*\(4, 1, 2\)"),
     "topk_withins": (ops.topk_masks, ([W], 1, []), ValueError, r"within has 0 entries for 1"),
+    "topk_share": (ops.topk_masks, ([W], 0.5), TypeError, r"keep=0.5 is not an integer; .*round"),
+    "topk_shares": (
+        ops.topk_masks,
+        ([W, W], [1, None]),
+        TypeError,
+        r"keep\[1\]=None is not an int",
+    ),
+    "topk_one": (ops.topk_masks, (W, 1), TypeError, r"weights is a Tensor, .* list; put it into"),
+    "topk_none": (ops.topk_masks, ([W, None], 1), TypeError, r"weights\[1\]=None .* torch.Tensor"),
+    "topk_array": (ops.topk_masks, ([W.numpy()], 1), TypeError, r"weights\[0\] is a ndarray, but"),
+    "topk_one_within": (ops.topk_masks, ([W], 1, B), TypeError, r"within is a Tensor, but .* list"),
+    "block_int": (ops.block_masks, ([W], 1, 2), TypeError, r"block=2 is a int, .*\(rows, cols\)"),
+    "block_float": (ops.block_masks, ([W], 1, (2.0, 3)), TypeError, r"block\[0\]=2.0 is a float"),
     "block_size": (ops.block_masks, ([W], 1, (0, 3)), ValueError, r"block=\(0, 3\).*positive"),
     "block_rows": (ops.block_masks, ([W], 1, (3, 3)), ValueError, r"\[0\] has out=4.* 3; pad"),
     "block_cols": (ops.block_masks, ([W], 1, (2, 4)), ValueError, r"\[0\] has in=6.* 4; pad"),
@@ -419,6 +437,25 @@ ERRORS = {
         ValueError,
         r"shapes has 0 entries for 1 ",
     ),
+    "channel_int": (
+        ops.channel_masks,
+        ([torch.arange(4)], 2, [(4, 6)]),
+        TypeError,
+        r"keep=2 is no list of counts",
+    ),
+    "unified_share": (
+        ops.unified_masks,
+        ([W], 0.5, None, [1]),
+        TypeError,
+        r"keep=0.5 is not an in",
+    ),
+    "unified_name": (ops.unified_masks, ([W], 1, "1:2", [1]), TypeError, r"nm='1:2' is no pair"),
+    "unified_shares": (
+        ops.unified_masks,
+        ([W], 1, None, [0.5]),
+        TypeError,
+        r"channel_keep\[0\]=0.5 is not an integer",
+    ),
     "unified_keep": (ops.unified_masks, ([W], 25, None, [1]), ValueError, r"keep=25 .*\[0, 24\]"),
     "unified_nm": (ops.unified_masks, ([W], 1, (4, 4), [1]), ValueError, r"nm=\(4, 4\) breaks"),
     "unified_nm_length": (ops.unified_masks, ([W], 1, (2,), [1]), ValueError, r"nm=\(2,\)"),
@@ -435,6 +472,47 @@ ERRORS = {
     "weight_dtype": (ops.masked_weight, (INT, B), TypeError, r"masked_weight: weight .*int32"),
     "weights_count": (ops.masked_weights, ([W], []), ValueError, r"bits has 0 entries for 1"),
     "weights_bits": (ops.masked_weights, ([W], [SMALL]), ValueError, r"bits\[0\].*\(4, 1, 2\)"),
+    "weight_bool": (
+        ops.masked_weight,
+        (W, W > 0),
+        TypeError,
+        r"bits has dtype torch.bool, .*pack_m",
+    ),
+    "weight_none": (ops.masked_weight, (W, None), TypeError, r"bits=None .*ops.pack_mask"),
+    "weight_to": (
+        ops.masked_weight,
+        (W, B, torch.int8),
+        TypeError,
+        r"dtype=torch.int8 is no float",
+    ),
+    "weights_to": (
+        ops.masked_weights,
+        ([W], [B], "bf16"),
+        TypeError,
+        r"dtype='bf16' is no floating",
+    ),
+    "weights_one": (ops.masked_weights, (W, [B]), TypeError, r"weights is a Tensor, .*list"),
+    "linear_none": (
+        ops.masked_linear,
+        (None, W, B),
+        TypeError,
+        r"x=None .* must be a torch.Tensor",
+    ),
+    "linear_device": (
+        ops.masked_linear,
+        (W.to("meta"), W, B),
+        ValueError,
+        r"x is on meta, but its weight is on cpu; move",
+    ),
+    "linear_bool": (ops.masked_linear, (W, W, B, True), TypeError, r"bias=True is a bool, but"),
+    "conv_list": (ops.masked_conv2d, ([X], CONV, CONV_BITS), TypeError, r"x is a list, but"),
+    "conv_stride": (
+        ops.masked_conv2d,
+        (X, CONV, CONV_BITS, None, 1.5),
+        ValueError,
+        r"stride=1.5 is neither an int nor a pair",
+    ),
+    "workspace_one": (ops.workspace, (CONV,), TypeError, r"weights is a Tensor, .* list"),
     "linear_x": (ops.masked_linear, (X, W, B), ValueError, r"\(1, 2, 5, 5\).*\(4, 6\)"),
     "linear_int": (ops.masked_linear, (INT, W, B), TypeError, r"masked_linear: x .*int32"),
     "linear_bias": (ops.masked_linear, (W, W, B, VECTOR), ValueError, r"bias .*\(6,\).* 4 outputs"),
@@ -459,6 +537,13 @@ ERRORS = {
         r"masked_conv2d: padding='same'",
     ),
 }
+
+
+def test_counts_of_numpy_and_tensors_are_ints():
+    expected = ops.topk_masks([W, W], [3, 4])
+    for keep in (np.array([3, 4]), [np.int64(3), torch.tensor(4)], (3, 4)):
+        assert all(map(torch.equal, ops.topk_masks((W, W), keep), expected))
+    assert torch.equal(ops.nm_mask(W, np.int64(1), torch.tensor(2)), ops.nm_mask(W, 1, 2))
 
 
 @pytest.mark.parametrize(("op", "arguments", "error", "match"), ERRORS.values(), ids=ERRORS)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -194,7 +196,12 @@ def define(
     written = [i for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
 
     def kernel(*args):
-        check(*args)
+        try:
+            check(*args)
+        except Exception as error:
+            if not str(error).startswith(f"{op}: "):
+                check_types(op, args)
+            raise
         result = table[chosen(op, _device(args))](*args)
         for index in written:  # kernels write memory behind autograd's back
             if args[index] is not None and not args[index].is_inference():
@@ -208,7 +215,22 @@ def define(
     _kernels[op] = kernel
     _library.impl(op, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"sparse_cocktail::{op}", checked_fake, lib=_library)
-    return getattr(torch.ops.sparse_cocktail, op).default
+    return _dispatched(op)
+
+
+def _dispatched(op: str) -> Callable:
+    """An op by way of PyTorch's dispatcher, whose errors of types are said in our words."""
+    overload = getattr(torch.ops.sparse_cocktail, op).default
+
+    def call(*args):
+        try:
+            return overload(*args)
+        except RuntimeError:
+            check_types(op, args)
+            raise
+
+    call.__name__ = op
+    return call
 
 
 def undispatched(op: str) -> Callable:
@@ -232,7 +254,7 @@ def gradient(
     torch.library.register_autograd(
         f"sparse_cocktail::{op}", backward, setup_context=setup_context, lib=_library
     )
-    overload, computed = getattr(torch.ops.sparse_cocktail, op).default, undispatched(op)
+    dispatched, computed = _dispatched(op), undispatched(op)
 
     def forward(ctx, *args):
         result = computed(*args)
@@ -247,7 +269,7 @@ def gradient(
             return plain(*args)
         tensors = [a for a in args if isinstance(a, Tensor)]
         if not eager(tensors):
-            return overload(*args)
+            return dispatched(*args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return function.apply(*args)
         return computed(*args)
@@ -265,10 +287,91 @@ def eager(tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def detached(tensor: Any) -> Any:
+    """Without its gradient; what is no tensor as it is, for the op to refuse."""
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor
+
+
 # ---- checks shared by the families ---------------------------------------------------------------
+
+COUNT = "give a count, for example round(density * total)"
+_KINDS = {  # types of a schema: what they take, and what it is called
+    "Tensor": (Tensor, "a torch.Tensor; convert it"),
+    "int": (SupportsIndex, "an int; give a whole number"),
+    "float": (SupportsFloat, "a number; give a float"),
+    "str": (str, "a str; give a name"),
+    "ScalarType": (torch.dtype, "a torch.dtype, such as torch.float16"),
+}
+
+
+def check_types(op: str, arguments: Sequence[Any]) -> None:
+    """Say which argument of an op has a wrong type: for calls that failed, in whatever way."""
+    schema = getattr(torch.ops.sparse_cocktail, op).default._schema
+    for argument, value in zip(schema.arguments, arguments, strict=False):
+        _check_type(op, argument.name, str(argument.real_type), value)
+
+
+def _check_type(op: str, name: str, kind: str, value: Any) -> None:
+    if kind.startswith("Optional["):
+        if value is not None:
+            _check_type(op, name, kind[9:-1], value)
+    elif kind.startswith("List["):
+        for i, entry in enumerate(as_list(op, name, value)):
+            _check_type(op, f"{name}[{i}]", kind[5:-1], entry)
+    elif kind in _KINDS and not isinstance(value, _KINDS[kind][0]):
+        raise wrong_type(op, name, value, _KINDS[kind][1]) from None
+
+
+def wrong_type(op: str, name: str, value: Any, wanted: str) -> TypeError:
+    """The error of an argument that must be what is `wanted`, which ends in a remedy."""
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    shown = f"{name}={value!r}" if plain else name
+    return TypeError(f"{op}: {shown} is a {type(value).__name__}, but it must be {wanted}")
+
+
+def check_tensor(op: str, name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise wrong_type(op, name, value, _KINDS["Tensor"][1])
+
+
+def check_module(op: str, name: str, value: Any, kind: type = torch.nn.Module) -> None:
+    if not isinstance(value, kind):
+        wanted = f"an nn.{kind.__name__}"
+        if kind is torch.nn.Module:
+            wanted += "; pass the model itself, such as cocktail.model"
+        raise wrong_type(op, name, value, wanted)
+
+
+def as_list(op: str, name: str, values: Iterable, remedy: str = "put it into [ ]") -> list:
+    """The list of a list argument. A single tensor is refused: it would fall into its rows."""
+    if isinstance(values, (list, tuple)):
+        return list(values)
+    if isinstance(values, (Tensor, str)) or not isinstance(values, Iterable):
+        raise wrong_type(op, name, values, f"a list; {remedy}")
+    return list(values)
+
+
+def pair(op: str, name: str, value: int | Sequence[int]) -> Sequence[int]:
+    """Two ints, of an argument that is an int or a pair."""
+    both = (value, value) if isinstance(value, int) else value
+    if not isinstance(both, (tuple, list)) or len(both) != 2:
+        raise ValueError(
+            f"{op}: {name}={value!r} is neither an int nor a pair; give one (MaskedConv2d also "
+            "takes padding='same' and other padding modes)"
+        )
+    return both
+
+
+def whole(op: str, name: str, value: Any, remedy: str = COUNT) -> int:
+    """The int of an integer argument, which may be of numpy or a tensor of one."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name}={value!r} is not an integer; {remedy}") from None
 
 
 def check_weight(op: str, weight: Tensor, name: str = "weight") -> None:
+    check_tensor(op, name, weight)
     if weight.dim() < 2:
         raise ValueError(
             f"{op}: {name} has shape {tuple(weight.shape)}, but a weight has at least the 2 "
@@ -298,6 +401,8 @@ def check_weights(op: str, weights: list[Tensor]) -> None:
 
 
 def check_bits(op: str, bits: Tensor, shape: tuple[int, int, int], name: str = "bits") -> None:
+    if not isinstance(bits, Tensor):
+        raise wrong_type(op, name, bits, "a tensor of mask bits; make it with ops.pack_mask(mask)")
     if bits.dtype != torch.int32:
         raise TypeError(
             f"{op}: {name} has dtype {bits.dtype}, but mask bits are int32 words; make them with "

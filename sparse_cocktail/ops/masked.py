@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import bits_shape
 from .dispatch import (
+    as_list,
     check_bits,
     check_device,
     check_same_length,
@@ -32,8 +33,17 @@ _cpp = torch.ops.sparse_cocktail_cpp
 # ---- masked weight -------------------------------------------------------------------------------
 
 
+def check_target(op: str, dtype: torch.dtype | None) -> None:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(
+            f"{op}: dtype={dtype!r} is no floating-point torch.dtype; give one, such as "
+            "torch.bfloat16, or leave it out"
+        )
+
+
 def _check_masked_weight(weight, bits, dtype=None) -> None:
     check_weight("masked_weight", weight)
+    check_target("masked_weight", dtype)
     check_bits("masked_weight", bits, bits_shape(weight.shape))
     check_device("masked_weight", bits, weight, "bits")
 
@@ -144,6 +154,7 @@ def masked_weight_(weight: Tensor, bits: Tensor) -> Tensor:
 
 def _check_masked_weights(weights, bits, dtype, dense_grad) -> None:
     check_weights("masked_weights", weights)
+    check_target("masked_weights", dtype)
     check_same_length("masked_weights", weights, bits, "bits")
     for index, (weight, words) in enumerate(zip(weights, bits, strict=True)):
         check_bits("masked_weights", words, bits_shape(weight.shape), f"bits[{index}]")
@@ -208,7 +219,8 @@ def masked_weights(
 ) -> list[Tensor]:
     """`masked_weight` of a whole list of weights in one call; with `dense_grad` their gradients
     are not masked (straight-through)."""
-    weights, bits = list(weights), list(bits)
+    weights = as_list("masked_weights", "weights", weights)
+    bits = as_list("masked_weights", "bits", bits)
     if not eager((*weights, *bits)):
         return _weights(weights, bits, dtype, dense_grad)
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):

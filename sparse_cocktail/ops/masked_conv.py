@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from . import layerwise
-from .dispatch import chosen, define, eager, gradient
+from .dispatch import check_tensor, chosen, define, eager, gradient, pair
 from .layerwise import is_channels_last, unpacked
 from .masked import save_bits, saved_bits
 from .masked_linear import autocast_input, check_layer, check_rows, fused, unchecked
@@ -211,16 +211,6 @@ _input_grad = gradient("masked_conv2d_input_grad", _input_grad_backward, _save_i
 _weight_grad = gradient("masked_conv2d_weight_grad", _weight_grad_backward, _save_weight_grad)
 
 
-def _pair(name: str, value: int | Sequence[int]) -> Sequence[int]:
-    pair = (value, value) if isinstance(value, int) else value
-    if isinstance(pair, str) or len(pair) != 2:
-        raise ValueError(
-            f"masked_conv2d: {name}={value!r} is neither an int nor a pair; MaskedConv2d "
-            "also takes padding='same' and other padding modes"
-        )
-    return pair
-
-
 def masked_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -250,6 +240,7 @@ def masked_conv2d(
     Returns:
         (batch, out, height', width') in the dtype of x, with the strides that F.conv2d gives.
     """
+    check_tensor("masked_conv2d", "x", x)
     batched = x if x.dim() != 3 else x.unsqueeze(0)
     result = _conv(
         autocast_input(batched),
@@ -258,9 +249,9 @@ def masked_conv2d(
         bias,
         rows,
         [
-            *_pair("stride", stride),
-            *_pair("padding", padding),
-            *_pair("dilation", dilation),
+            *pair("masked_conv2d", "stride", stride),
+            *pair("masked_conv2d", "padding", padding),
+            *pair("masked_conv2d", "dilation", dilation),
             groups,
         ],
         dense_grad,

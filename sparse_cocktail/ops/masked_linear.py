@@ -28,14 +28,19 @@ __all__ = [
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a layer computes with x: its own, or that of autocast."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+    if (
+        kind != "meta"
+        and torch.is_autocast_enabled(kind)
+        and x.is_floating_point()
+        and x.dtype != torch.float64
+    ):
         return torch.get_autocast_dtype(kind)
     return x.dtype
 
 
 def autocast_input(x: Tensor) -> Tensor:
     """Under autocast x takes its dtype; weights stay as they are and are cast with the mask."""
-    return x.to(autocast_dtype(x))
+    return x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x  # which the op refuses
 
 
 def check_layer(op: str, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None) -> None:
@@ -44,6 +49,7 @@ def check_layer(op: str, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor |
     check_device(op, bits, weight, "bits")
     if not x.is_floating_point():
         raise TypeError(f"{op}: x has dtype {x.dtype}, but it must be floating point; convert it")
+    check_device(op, x, weight, "x")
     if bias is not None and tuple(bias.shape) != tuple(weight.shape[:1]):
         raise ValueError(
             f"{op}: bias has shape {tuple(bias.shape)}, but the weight has {weight.shape[0]} "

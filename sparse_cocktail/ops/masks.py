@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from operator import index
 
 import torch
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference import bits_shape, block_count
 from .dispatch import (
+    as_list,
     check_bits,
     check_device,
     check_same_length,
@@ -18,6 +18,7 @@ from .dispatch import (
     check_weights,
     define,
     lazy_triton,
+    whole,
 )
 
 __all__ = [
@@ -49,6 +50,10 @@ def strided(weight: Tensor) -> Tensor:
 def packed(masks: Sequence[Tensor] | None) -> list[Tensor] | None:
     """Bits as C++ reads them: contiguous."""
     return None if masks is None else [bits.contiguous() for bits in masks]
+
+
+def shape_of(op: str, shape: Sequence[int]) -> list[int]:
+    return as_list(op, "shape", shape, "give the shape of the weight, weight.shape")
 
 
 def new_bits(weight: Tensor) -> Tensor:
@@ -144,7 +149,7 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """The bool mask of shape (out, in, *taps), contiguous, that the bits hold."""
-    return _unpack(bits, list(shape))
+    return _unpack(bits, shape_of("unpack_mask", shape))
 
 
 def mask_count(bits: Tensor) -> Tensor:
@@ -170,17 +175,29 @@ def mask_andnot(a: Tensor, b: Tensor) -> Tensor:
 # ---- N:M -----------------------------------------------------------------------------------------
 
 
-def _check_nm(weight: Tensor, n: int, m: int) -> None:
-    check_weight("nm_mask", weight)
+def check_pattern(op: str, n: int, m: int) -> None:
+    if not (hasattr(n, "__index__") and hasattr(m, "__index__")):
+        raise TypeError(
+            f"{op}: n={n!r}, m={m!r} are not both integers; for example n=2, m=4 keeps 2 of 4"
+        )
     if not 1 <= n < m <= 32:
         raise ValueError(
-            f"nm_mask: n={n}, m={m} breaks 1 <= n < m <= 32; for example n=2, m=4 keeps 2 of 4"
+            f"{op}: n={n}, m={m} breaks 1 <= n < m <= 32; for example n=2, m=4 keeps 2 of 4"
         )
-    if weight.shape[1] % m:
+
+
+def check_inputs(op: str, name: str, inputs: int, m: int) -> None:
+    if inputs % m:
         raise ValueError(
-            f"nm_mask: weight has in={weight.shape[1]}, which is not a multiple of m={m}; pad the "
-            "layer or leave it dense"
+            f"{op}: {name} has in={inputs}, which is not a multiple of m={m}; pad the layer or "
+            "leave it dense"
         )
+
+
+def _check_nm(weight: Tensor, n: int, m: int) -> None:
+    check_weight("nm_mask", weight)
+    check_pattern("nm_mask", n, m)
+    check_inputs("nm_mask", "weight", weight.shape[1], m)
 
 
 _nm = define(
@@ -253,10 +270,10 @@ _topk = define(
 )
 
 
-def _as_list(keep: int | Sequence[int]) -> list[int]:
-    if isinstance(keep, Iterable) and not isinstance(keep, Tensor):
-        return [index(count) for count in keep]
-    return [index(keep)]
+def _counts(op: str, keep: int | Sequence[int]) -> list[int]:
+    if isinstance(keep, Iterable) and not isinstance(keep, (Tensor, str)):
+        return [whole(op, f"keep[{i}]", count) for i, count in enumerate(keep)]
+    return [whole(op, "keep", keep)]
 
 
 def topk_masks(
@@ -276,7 +293,9 @@ def topk_masks(
     Returns:
         One int32 tensor of bits per weight.
     """
-    return _topk(list(weights), _as_list(keep), None if within is None else list(within))
+    op = "topk_masks"
+    within = None if within is None else as_list(op, "within", within)
+    return _topk(as_list(op, "weights", weights), _counts(op, keep), within)
 
 
 # ---- blocks --------------------------------------------------------------------------------------
@@ -333,5 +352,7 @@ def block_masks(
     Returns:
         One int32 tensor of bits per weight.
     """
-    within = None if within is None else list(within)
-    return _block(list(weights), _as_list(keep), list(block), within)
+    op = "block_masks"
+    within = None if within is None else as_list(op, "within", within)
+    block = as_list(op, "block", block, "give (rows, cols), for example (16, 16)")
+    return _block(as_list(op, "weights", weights), _counts(op, keep), block, within)

@@ -29,7 +29,7 @@ from .dispatch import (
 )
 from .masked import save_bits, saved_bits
 from .masked_linear import autocast_input
-from .masks import strided
+from .masks import check_inputs, check_pattern, shape_of, strided
 
 __all__ = ["ACTIVATIONS", "nm_compress", "nm_decompress", "nm_linear"]
 
@@ -39,21 +39,6 @@ _cpp = torch.ops.sparse_cocktail_cpp
 
 
 # ---- checks --------------------------------------------------------------------------------------
-
-
-def check_pattern(op: str, n: int, m: int) -> None:
-    if not 1 <= n < m <= 32:
-        raise ValueError(
-            f"{op}: n={n}, m={m} breaks 1 <= n < m <= 32; for example n=2, m=4 keeps 2 of 4"
-        )
-
-
-def check_inputs(op: str, name: str, inputs: int, m: int) -> None:
-    if inputs % m:
-        raise ValueError(
-            f"{op}: {name} has in={inputs}, which is not a multiple of m={m}; pad the layer or "
-            "leave it dense"
-        )
 
 
 def check_dtype(op: str, dtype: torch.dtype | None, allowed=DTYPES) -> None:
@@ -269,7 +254,7 @@ def nm_decompress(values: Tensor, bits: Tensor, n: int, m: int, shape: Sequence[
         A weight of this shape and the values' dtype, zero where it was pruned. Its view (out, taps,
         in) is memory order: linear weights are contiguous, those of convolutions channels_last.
     """
-    return _decompress(values, bits, n, m, list(shape))
+    return _decompress(values, bits, n, m, shape_of("nm_decompress", shape))
 
 
 # ---- linear --------------------------------------------------------------------------------------

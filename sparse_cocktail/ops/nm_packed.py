@@ -19,6 +19,7 @@ from .dispatch import (
     check_device,
     check_weight,
     define,
+    detached,
     extension_path,
     gradient,
 )
@@ -107,7 +108,7 @@ def nm_pack(values: Tensor, bits: Tensor, n: int, m: int) -> tuple[Tensor, Tenso
         packed: (4 ceil(out / 64), ceil(in / 64), 2, 32, 8) of the values' dtype.
         meta: int32 (4 ceil(out / 64), ceil(in / 64), 32).
     """
-    return _pack(values.detach(), bits, n, m)
+    return _pack(detached(values), bits, n, m)
 
 
 def _check_pack_weight(weight, bits, dtype) -> None:
@@ -170,7 +171,7 @@ def nm_pack_weight(
     Returns:
         (packed, meta), as from `nm_pack`.
     """
-    return _pack_weight(weight.detach(), bits, dtype)
+    return _pack_weight(detached(weight), bits, dtype)
 
 
 # ---- linear --------------------------------------------------------------------------------------

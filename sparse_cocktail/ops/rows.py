@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import beta_shares, bits_shape
-from .dispatch import check_device, check_weights, chosen, define, lazy_triton
+from .dispatch import as_list, check_device, check_weights, chosen, define, lazy_triton
 from .masks import strided
 from .unified import check_beta, check_ratio
 
@@ -74,7 +74,8 @@ def workspace(weights: Sequence[Tensor]) -> Tensor:
 
     It suits the backend that is in force; make a new one when a weight moves.
     """
-    weights = list(weights)
+    weights = as_list("workspace", "weights", weights)
+    check_weights("workspace", weights)
     if not weights:
         return torch.empty(0, dtype=torch.uint8)
     backend = chosen("topk_row_", weights[0].device)

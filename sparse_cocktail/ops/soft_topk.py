@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reference_soft_topk as reference
-from .dispatch import DTYPES, check_same_length, define, gradient, lazy_triton
+from .dispatch import DTYPES, as_list, check_same_length, define, gradient, lazy_triton
 
 __all__ = ["soft_topk", "soft_topk_multi"]
 
@@ -226,8 +226,9 @@ def soft_topk_multi(
             costs that are not positive, are only noticed on the CPU: elsewhere the masks are 1.
         TypeError: an integer dtype.
     """
-    costs = None if costs is None else list(costs)
-    *masks, root = _multi(list(values), costs, float(budget), float(beta), start)
+    costs = None if costs is None else as_list("soft_topk", "costs", costs)
+    values = as_list("soft_topk", "values", values)
+    *masks, root = _multi(values, costs, float(budget), float(beta), start)
     return (masks, root) if return_root else masks
 
 

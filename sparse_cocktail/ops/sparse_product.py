@@ -22,7 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference import bits_shape, unpack_mask
-from .dispatch import check_bits, check_device, check_weight, define
+from .dispatch import (
+    check_bits,
+    check_device,
+    check_tensor,
+    check_weight,
+    define,
+    detached,
+    pair,
+)
+from .masks import shape_of
 
 __all__ = ["sparse_conv2d", "sparse_linear", "sparse_pack"]
 
@@ -115,7 +124,7 @@ def sparse_pack(weight: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         (values, places, starts), see above. They keep no gradient.
     """
-    return _packed(weight.detach(), bits)
+    return _packed(detached(weight), bits)
 
 
 def _unpack(values: Tensor, places: Tensor, starts: Tensor, shape: Sequence[int]) -> Tensor:
@@ -168,7 +177,7 @@ def _check_product(op: str, x: Tensor, packed: tuple, bias: Tensor | None, shape
 
 
 def _refuse_gradient(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
         raise RuntimeError(
             f"{op}: an argument requires a gradient, but this op is for inference only; call it "
             "under torch.no_grad(), or use the masked op of the same name"
@@ -305,13 +314,6 @@ _conv = define(
 )
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else value
-    if isinstance(pair, str) or len(pair) != 2:
-        raise ValueError(f"sparse_conv2d: {name}={value!r} is neither an int nor a pair; give one")
-    return list(pair)
-
-
 def sparse_conv2d(
     x: Tensor,
     values: Tensor,
@@ -336,6 +338,7 @@ def sparse_conv2d(
         (batch, out, height', width'), channels_last where x is. Contiguous is the faster one.
     """
     _refuse_gradient("sparse_conv2d", x, values, bias)
+    check_tensor("sparse_conv2d", "x", x)
     batched = x if x.dim() != 3 else x.unsqueeze(0)
     result = _conv(
         batched,
@@ -343,9 +346,9 @@ def sparse_conv2d(
         places,
         starts,
         bias,
-        list(weight_shape),
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
+        shape_of("sparse_conv2d", weight_shape),
+        pair("sparse_conv2d", "stride", stride),
+        pair("sparse_conv2d", "padding", padding),
+        pair("sparse_conv2d", "dilation", dilation),
     )
     return result if x.dim() != 3 else result.squeeze(0)

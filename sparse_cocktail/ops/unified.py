@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,12 +11,14 @@ from torch import Tensor
 from .. import reference
 from ..reference import beta_shares, bits_shape
 from .dispatch import (
+    as_list,
     check_bits,
     check_device,
     check_same_length,
     check_weights,
     define,
     lazy_triton,
+    whole,
 )
 from .masks import check_keep, check_within, new_bits, packed, strided
 
@@ -36,6 +38,20 @@ def check_ratio(op: str, nm: Sequence[int]) -> None:
         raise ValueError(
             f"{op}: nm={tuple(nm)} breaks 1 <= n < m <= 32; for example (2, 4) keeps 2 of 4"
         )
+
+
+def as_ratio(op: str, nm: Sequence[int] | None) -> list[int]:
+    """`nm` as ops take it: n and m, or nothing."""
+    if nm is not None and not isinstance(nm, (tuple, list)):
+        raise TypeError(f"{op}: nm={nm!r} is no pair of ints; for example (2, 4) keeps 2 of 4")
+    return list(nm or ())
+
+
+def as_counts(op: str, name: str, counts: Sequence[int]) -> list[int]:
+    """A list of counts; a tensor or an array of them is one too."""
+    if not isinstance(counts, Iterable):
+        raise TypeError(f"{op}: {name}={counts!r} is no list of counts; give one count per weight")
+    return [whole(op, f"{name}[{i}]", count) for i, count in enumerate(counts)]
 
 
 def _check_scores(weights, unstructured, nm, beta) -> None:
@@ -74,7 +90,8 @@ def channel_scores(
     (0.8 -> 4 : 1), so every backend gives the same int64 scores, shape (out,).
     Source: Sparse Cocktail, section 3.4.
     """
-    return _scores(list(weights), list(unstructured), list(nm), beta)
+    named = {"weights": weights, "unstructured": unstructured, "nm": nm}
+    return _scores(*(as_list("channel_scores", n, v) for n, v in named.items()), beta)
 
 
 def _check_channel_masks(scores, keep, taps, inputs) -> None:
@@ -124,6 +141,8 @@ def channel_masks(
         keep: number of channels per layer.
         shapes: shape (out, in, *taps) of each weight.
     """
+    op = "channel_masks"
+    scores, shapes = as_list(op, "scores", scores), as_list(op, "shapes", shapes)
     for i, (score, shape) in enumerate(zip(scores, shapes, strict=False)):
         if len(shape) < 2 or shape[0] != score.numel() or min(shape) < 0:
             raise ValueError(
@@ -131,7 +150,7 @@ def channel_masks(
                 f"{score.numel()} channels of scores[{i}]; give the shape of its weight"
             )
     taps = [math.prod(shape[2:]) for shape in shapes]
-    return _channels(list(scores), list(keep), taps, [shape[1] for shape in shapes])
+    return _channels(scores, as_counts(op, "keep", keep), taps, [shape[1] for shape in shapes])
 
 
 def _unified_reference(weights, keep, nm, channel_keep, beta, within=None, nm_bits=None):
@@ -205,15 +224,16 @@ def unified_masks(
     Returns:
         (unstructured, nm, channel), each one int32 tensor of bits per weight.
     """
-    weights = list(weights)
+    op = "unified_masks"
+    weights = as_list(op, "weights", weights)
     flat = _unified(
         weights,
-        keep,
-        list(nm or ()),
-        list(channel_keep),
+        whole(op, "keep", keep),
+        as_ratio(op, nm),
+        as_counts(op, "channel_keep", channel_keep),
         beta,
-        None if within is None else list(within),
-        None if nm_bits is None else list(nm_bits),
+        None if within is None else as_list(op, "within", within),
+        None if nm_bits is None else as_list(op, "nm_bits", nm_bits),
     )
     count = len(weights)
     return flat[:count], flat[count : 2 * count], flat[2 * count :]
