@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from operator import index
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .ops.dispatch import as_list, check_bits, check_same_length, check_weight, whole
 from .ops.rows import row_views
+from .ops.unified import as_counts, as_ratio
 from .reference import bits_shape
 
 __all__ = ["MaskBank"]
+
+_ROWS = ([False, False, False], [False, True, False])  # which of three rows may be None
 
 
 class MaskBank:
@@ -32,7 +35,9 @@ class MaskBank:
     """
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
-        self.weights = list(weights)
+        self.weights = as_list("MaskBank", "weights", weights)
+        for i, weight in enumerate(self.weights):
+            check_weight("MaskBank", weight, f"weights[{i}]")
         self.shapes = [bits_shape(w.shape) for w in self.weights]
         self._sizes = [out * taps * words for out, taps, words in self.shapes]
         self._rows: list[Tensor] = []
@@ -62,12 +67,21 @@ class MaskBank:
     def flat(self, row: int) -> Tensor:
         """The row as one flat int32 tensor, on the device of the weights."""
         self._follow_weights()
-        return self._rows[row]
+        return self._rows[self._place(row)]
 
     def views(self, row: int) -> list[Tensor]:
         """The row's bits per weight; they share its memory."""
         self._follow_weights()
-        return self._views[row]
+        return self._views[self._place(row)]
+
+    def _place(self, row: int) -> int:
+        row = whole("MaskBank", "row", row, "give the number that add() returned")
+        if not -len(self) <= row < len(self):
+            raise ValueError(
+                f"MaskBank: row={row} is not there, the bank has {len(self)} rows; give the number "
+                "that add() returned"
+            )
+        return row
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """A flat tensor of a row's size as bits per weight, which share its memory."""
@@ -81,12 +95,16 @@ class MaskBank:
 
     def set_(self, row: int, bits: Sequence[Tensor]) -> None:
         """Overwrite a row in place with bits, one tensor per weight."""
-        if [tuple(b.shape) for b in bits] != self.shapes:
-            raise ValueError(
-                f"MaskBank: bits have shapes {[tuple(b.shape) for b in bits]}, but the weights "
-                f"have mask bits of shapes {self.shapes}; make them with ops.pack_mask(mask)"
-            )
-        torch._foreach_copy_(self.views(row), list(bits))
+        if bits := self.checked(bits):
+            torch._foreach_copy_(self.views(row), bits)
+
+    def checked(self, bits: Sequence[Tensor]) -> list[Tensor]:
+        """Bits as a list; an error where they are not of these weights."""
+        bits = as_list("MaskBank", "bits", bits, "give one tensor per weight")
+        check_same_length("MaskBank", self.weights, bits, "bits")
+        for i, (words, shape) in enumerate(zip(bits, self.shapes, strict=True)):
+            check_bits("MaskBank", words, shape, f"bits[{i}]")
+        return bits
 
     # ---- selections ------------------------------------------------------------------------------
 
@@ -133,11 +151,8 @@ class MaskBank:
         if not self.weights:
             return
         if not isinstance(channel_keep, Tensor):
-            if len(channel_keep) != len(self.weights):
-                raise ValueError(
-                    f"MaskBank.unified_: channel_keep has {len(channel_keep)} entries for "
-                    f"{len(self.weights)} weights; give one each"
-                )
+            channel_keep = as_counts("MaskBank.unified_", "channel_keep", channel_keep)
+            check_same_length("MaskBank.unified_", self.weights, channel_keep, "channel_keep")
             for i, (count, weight) in enumerate(zip(channel_keep, self.weights, strict=True)):
                 if not 0 <= count <= weight.shape[0]:
                     raise ValueError(
@@ -145,11 +160,16 @@ class MaskBank:
                         f"{weight.shape[0]}], the number of output channels; give a count"
                     )
             channel_keep = torch.tensor(channel_keep, device=self.weights[0].device)
+        if not isinstance(rows, (tuple, list)) or [r is None for r in rows] not in _ROWS:
+            raise ValueError(
+                f"MaskBank.unified_: rows={rows!r} is not (unstructured, N:M, channel); give the "
+                "numbers of three rows, of which N:M alone may be None"
+            )
         u, n, c = (None if row is None else self.flat(row) for row in rows)
         ops.unified_rows_(
             self._values(),
             self._count("unified_", keep),
-            list(nm or ()),
+            as_ratio("MaskBank.unified_", nm),
             channel_keep,
             beta,
             None if within is None else self.flat(within),
@@ -163,7 +183,7 @@ class MaskBank:
     def _count(self, name: str, keep: int | Tensor) -> Tensor:
         if isinstance(keep, Tensor):
             return keep
-        keep = index(keep)
+        keep = whole(f"MaskBank.{name}", "keep", keep)
         if not 0 <= keep <= self.numel:
             raise ValueError(
                 f"MaskBank.{name}: keep={keep} is not in [0, {self.numel}], the number of weights; "

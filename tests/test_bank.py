@@ -91,7 +91,7 @@ def test_set_refuses_other_shapes(bank, weights):
     digest = bank.digest(row)
     masks = ops.topk_masks(weights, 60)
     for wrong in (masks[:-1], masks[::-1], [*masks[:-1], masks[-1][:3]]):
-        with pytest.raises(ValueError, match=r"MaskBank: bits have shapes .*pack_mask"):
+        with pytest.raises(ValueError, match=r"MaskBank: bits.* (has 3 entries|mask bits \(out)"):
             bank.set_(row, wrong)
     assert bank.digest(row) == digest
 
@@ -461,3 +461,60 @@ def test_nested_channels_are_the_best_of_the_survivors(bank, weights):
     ):
         assert not (kept & ~live).any() and int(kept.sum()) == count
         assert score[kept].min() >= score[live & ~kept].max()
+
+
+BANK_ERRORS = {
+    "one": (lambda bank: MaskBank(bank.weights[0]), TypeError, r"weights is a Par.* list"),
+    "vector": (
+        lambda bank: MaskBank([torch.zeros(3)]),
+        ValueError,
+        r"weights\[0\] has shape",
+    ),
+    "modules": (
+        lambda bank: MaskBank([torch.nn.Linear(2, 2)]),
+        TypeError,
+        r"weights\[0\] is a Linear, but it must be a torch.Tensor",
+    ),
+    "row": (lambda bank: bank.topk_(7, 3), ValueError, r"row=7 is not there, the bank has 1 rows"),
+    "row_none": (
+        lambda bank: bank.views(None),
+        TypeError,
+        r"row=None is not an integer",
+    ),
+    "within": (lambda bank: bank.topk_(0, 3, 5), ValueError, r"row=5 is not there"),
+    "share": (lambda bank: bank.topk_(0, 0.5), TypeError, r"topk_: keep=0.5 is not an int.*round"),
+    "nm": (lambda bank: bank.nm_(0, 2.0, 4), TypeError, r"nm_row_: n=2.0 is a float"),
+    "rows": (
+        lambda bank: bank.unified_((None, 0, 0), 3, None, [1] * 4),
+        ValueError,
+        r"unified_: rows=\(None, 0, 0\) is not \(unstructured, N:M, channel\)",
+    ),
+    "ratio": (
+        lambda bank: bank.unified_((0, 0, 0), 3, NM(2, 4), [1] * 4),
+        TypeError,
+        r"unified_: nm=NM\(n=2, m=4\) is no pair of ints",
+    ),
+    "channels": (
+        lambda bank: bank.unified_((0, 0, 0), 3, None, 2),
+        TypeError,
+        r"unified_: channel_keep=2 is no list of counts",
+    ),
+    "int64": (
+        lambda bank: bank.add([b.long() for b in bank.views(0)]),
+        TypeError,
+        r"bits\[0\] has dtype torch.int64.*pack_mask",
+    ),
+    "bits": (lambda bank: bank.set_(0, None), TypeError, r"bits=None .* list; give one tensor per"),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "match"), BANK_ERRORS.values(), ids=BANK_ERRORS)
+def test_errors_name_row_value_and_rule(bank, call, error, match):
+    bank.add()
+    with pytest.raises(error, match=match):
+        call(bank)
+
+
+def test_bits_may_come_from_a_generator(bank, weights):
+    masks = ops.topk_masks(weights, 50)
+    assert_same(bank.views(bank.add(bits for bits in masks)), masks)
