@@ -15,7 +15,7 @@ asked for, never with the library.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .cocktail import Cocktail
 from .data import generator_for
 from .freezing import Frozen
+from .ops.dispatch import as_list, whole, wrong_type
 from .recalibrate import frozen_statistics
 
 __all__ = ["CocktailCallback", "LightningCallback"]  # noqa: F822 - made by __getattr__
@@ -65,7 +66,14 @@ class _Turns:
         batches: Iterable[Tensor] | None = None,
         freeze: bool = True,
     ) -> None:
-        names = list(cocktail.subnets) if names is None else names
+        op = type(self).__name__
+        if not isinstance(cocktail, Cocktail):
+            raise wrong_type(op, "cocktail", cocktail, "a Cocktail; make one, Cocktail(model)")
+        names = list(cocktail.subnets) if names is None else as_list(op, "names", names)
+        every = whole(op, "every", every, "give the optimizer steps of a turn")
+        seed = whole(op, "seed", seed, "give a whole number")
+        if isinstance(batches, (Tensor, Iterator)):
+            raise wrong_type(op, "batches", batches, "a list, which is read more than once")
         self.names = [n for n in (cocktail.subnet(n).name for n in names) if n != "dense"]
         if not self.names:
             raise ValueError(

@@ -25,12 +25,12 @@ from .cocktail_file import (
     write_cocktail,
 )
 from .modules import masked_layers
-from .ops.dispatch import check_padding
+from .ops.dispatch import as_list, check_module, check_padding, wrong_type
 from .own_norms import OwnNorms, copies, copy_all
 from .patterns import Dense, Pattern, Unstructured, parse
 from .pruning import followers, output_layers
 from .recalibrate import norm_layers
-from .selection import magnitude_masks
+from .selection import eligible, magnitude_masks
 from .serving import Serving
 from .subnet import Subnet
 
@@ -52,6 +52,7 @@ class Cocktail(OwnNorms, Serving):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_module("Cocktail", "model", model)
         self.model = model
         self.layers = masked_layers(model)
         if not self.layers:
@@ -97,7 +98,8 @@ class Cocktail(OwnNorms, Serving):
             stage: the pruning round that made it.
 
         Raises:
-            ValueError: for an unknown pattern or a name that is there already.
+            ValueError: for an unknown pattern, one that no layer can take, or a name that is there
+                already.
         """
         pattern = parse(pattern)
         name = str(pattern)
@@ -107,9 +109,14 @@ class Cocktail(OwnNorms, Serving):
             )
         self.bank.weights[:] = [layer.weight for layer in self.layers.values()]
         if masks is None:
+            if all(reasons := [eligible(w.shape, pattern) for w in self.bank.weights]):
+                raise ValueError(
+                    f"Cocktail.add: no layer can take the pattern {name}: {reasons[0]}; take "
+                    "another pattern, or pad the layers"
+                )
             masks = magnitude_masks(self.bank.weights, pattern, self.outputs)
         if not isinstance(masks, int):
-            self._check_padding("add", masks)
+            masks = self._checked("add", masks)
         row = masks if isinstance(masks, int) else self.bank.add(masks)
         subnet = Subnet(name, pattern, row, stage)
         self._look_at(subnet)
@@ -126,8 +133,7 @@ class Cocktail(OwnNorms, Serving):
         if subnet.row is None:
             raise ValueError("Cocktail.set_masks: dense has no masks; add a subnet of a pattern")
         self.bank.weights[:] = [layer.weight for layer in self.layers.values()]
-        self._check_padding("set_masks", masks)
-        self.bank.set_(subnet.row, masks)
+        self.bank.set_(subnet.row, self._checked("set_masks", masks))
         self._look_at(subnet)
         if self.active == subnet.name:
             self._set_masks(subnet)
@@ -148,8 +154,9 @@ class Cocktail(OwnNorms, Serving):
             self.activate("dense")
         del self.subnets[subnet.name]
 
-    def _check_padding(self, call: str, masks: Sequence[Tensor]) -> None:
-        """Refuse bits beyond a layer's last input; waits for the device once."""
+    def _checked(self, call: str, masks: Sequence[Tensor]) -> list[Tensor]:
+        """Masks as a list; refuses bits beyond a layer's last input (waits for the device once)."""
+        masks = self.bank.checked(masks)
         pairs = [(b, w.shape[1]) for b, w in zip(masks, self.bank.weights, strict=False)]
         tails: dict[int, list[Tensor]] = {}
         for bits, inputs in pairs:
@@ -159,6 +166,7 @@ class Cocktail(OwnNorms, Serving):
         if beyond and torch.stack(beyond).any():
             for bits, inputs in pairs:
                 check_padding(f"Cocktail.{call}", bits, inputs)
+        return masks
 
     def _look_at(self, subnet: Subnet) -> None:
         """Note which channels new masks leave, and forget what was measured with others."""
@@ -174,6 +182,8 @@ class Cocktail(OwnNorms, Serving):
 
     def subnet(self, name: str) -> Subnet:
         """The subnet of a name, canonical or not; KeyError for an unknown one."""
+        if not isinstance(name, (str, Pattern)):
+            raise wrong_type("Cocktail", "name", name, "the name of a subnet, such as subnet.name")
         if name not in self.subnets:
             with suppress(ValueError):
                 name = str(parse(name))  # "channel-0.5" is channel-0.5000
@@ -293,10 +303,12 @@ class Cocktail(OwnNorms, Serving):
         Args:
             path: the file.
             extra: JSON-able facts to keep in the header, such as the config of the run.
-            names: of the subnets to write besides dense; all by default.
+            names: of the subnets to write besides dense; all by default. KeyError for unknown ones.
         """
-        chosen = {"dense": self.subnets["dense"]}
-        chosen |= {n: s for n, s in self.subnets.items() if names is None or n in names}
+        if names is not None:
+            names = as_list("Cocktail.save", "names", names)
+            names = ["dense", *(self.subnet(name).name for name in names)]
+        chosen = {n: s for n, s in self.subnets.items() if names is None or n in names}
         with self.preserved_statistics():
             self._set_masks(self.subnets["dense"])
             self._take_shared()

@@ -23,6 +23,7 @@ from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .files import read_tensors, write_tensors
 from .modules import masked_layers
+from .ops.dispatch import check_module
 from .reference import weight_view
 
 __all__ = [
@@ -113,6 +114,7 @@ def fitted_model(path, header: dict[str, Any], model: nn.Module | None) -> nn.Mo
             model = models.build(**factory)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; or pass model=your_model") from error
+    check_module("Cocktail.load", "model", model)
     if not masked_layers(model):
         masked = {name for name, _ in header["layers"]}
         convert(model, skip=lambda name, _: name not in masked, mask_first=True)

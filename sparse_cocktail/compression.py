@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 from .modules import masked_layers
 from .nm_modules import NMConv2d, NMLinear
+from .ops.dispatch import check_module, wrong_type
 from .patterns import NM, Pattern, parse
 from .pruning import replaced
 from .selection import eligible
@@ -30,6 +33,7 @@ def to_compressed(model: nn.Module, pattern: str | Pattern | None = None) -> nn.
     Raises:
         ValueError: for a mask that does not fit N:M, and where no layer has a mask of it (or any).
     """
+    check_module("to_compressed", "model", model)
     pattern = None if pattern is None else parse(pattern)
     wanted = pattern if isinstance(pattern, NM) else None
     layers = {name: layer for name, layer in masked_layers(model).items() if layer.masked}
@@ -70,6 +74,9 @@ def load_compressed(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: where the state dict is of another architecture.
     """
+    check_module("load_compressed", "model", model)
+    if not isinstance(state, Mapping):
+        raise wrong_type("load_compressed", "state", state, "a state dict: model.state_dict()")
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         prefix = f"{name}." if name else ""
         values = state.get(f"{prefix}values")

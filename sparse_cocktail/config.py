@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from contextlib import suppress
@@ -95,9 +96,16 @@ class Config:
         for name, allowed in choices.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"config: {name}={value!r} is not one of {', '.join(allowed)}")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"config: {name}={value} is not finite; give a number")
         for name in ("epochs", "batch_size", "accumulate", "checkpoint_every", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"config: {name}={value} is below 1")
+        if not 0 <= self.label_smoothing <= 1:
+            raise ValueError(f"config: label_smoothing={self.label_smoothing} is not in [0, 1]")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"config: seed={self.seed} is not in [0, 2^32)")
         if not self.lr > 0:
             raise ValueError(f"config: lr={self.lr} is not positive")
         switches = ("warmup", "clip_norm", "weight_decay", "momentum", "threads", "workers")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batch_norm import MaskedBatchNorm2d
 from .modules import MaskedConv2d, MaskedLinear, evaluating
+from .ops.dispatch import check_module, wrong_type
 
 __all__ = ["Conversion", "convert"]
 
@@ -58,6 +59,7 @@ def convert(
     Raises:
         ValueError: when `skip` names a layer that is not there, or nothing could be converted.
     """
+    check_module("convert", "model", model)
     report = getattr(model, "conversion", Conversion())
     names = dict(model.named_modules(remove_duplicate=False))
     first = None if mask_first else _first_convolution(model, example_input)
@@ -119,6 +121,10 @@ def _forward(model: nn.Module, example: Tensor | tuple, handles: list) -> None:
 
 def _reasons_to_leave(model, names, skip, first: str | None) -> dict[str, str]:
     reasons: dict[str, str] = {} if first is None else {first: "first convolution"}
+    usable = skip is None or callable(skip) or isinstance(skip, Iterable)
+    if not usable or isinstance(skip, (type, nn.Module)):
+        wanted = "a list of names of layers, or a function (name, module) -> bool"
+        raise wrong_type("convert", "skip", skip, wanted)
     if skip is not None and not callable(skip):
         wanted = {skip} if isinstance(skip, str) else set(skip)
         layers = [n for n, m in names.items() if isinstance(m, (nn.Linear, nn.Conv2d))]

@@ -97,6 +97,10 @@ def own_device(device: str) -> str:
     """The recipe's field `device` as this process's own: under torchrun cuda is cuda:LOCAL_RANK."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"config: device={device!r} is unknown; use auto, cpu or cuda") from None
     if device != "cuda" or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -24,6 +24,7 @@ from .config import Config, split_fields
 from .data import Data
 from .distributed import gather, mean, own_device, replicate
 from .methods import METHODS, Context, Method
+from .ops.dispatch import check_module, wrong_type
 from .preparation import new_optimizer, prepare_model
 from .report import run_results
 from .run_folder import RunFolder
@@ -115,8 +116,14 @@ class Trainer:
                     "train(model, data, out=..., resume=True)"
                 )
             model = models.create(model, config.model_args)
+        check_module("train", "model", model)
         if isinstance(data, str):
             data = data_sets.load(data, config.data_dir, config.workers, config.randaugment)
+        if not hasattr(data, "steps_per_epoch"):
+            wanted = "a name or data.Data(name, classes, train, holdout, test)"
+            raise wrong_type("train", "data", data, wanted)
+        if not all(hasattr(self.task, name) for name in ("loss", "distill", "metric")):
+            raise wrong_type("train", "task", self.task, "an object with loss, distill and metric")
         device = own_device(config.device)
         if device.startswith("cuda"):
             if not torch.cuda.is_available():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .batch_norm import saving_hooks, share_hooks, stamp
-from .ops.dispatch import check_bits, check_padding
+from .ops.dispatch import check_bits, check_module, check_padding
 from .packing import forget, packed_weight
 from .patterns import Pattern, parse
 from .reference import bits_shape
@@ -235,6 +235,7 @@ class MaskedLinear(_Masked, nn.Linear):
     @classmethod
     def from_dense(cls, layer: nn.Linear) -> MaskedLinear:
         """A masked layer that shares the parameters of `layer`."""
+        check_module("MaskedLinear.from_dense", "layer", layer, nn.Linear)
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta")
         made._copy_of(layer)
         return made
@@ -308,6 +309,7 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     @classmethod
     def from_dense(cls, layer: nn.Conv2d) -> MaskedConv2d:
         """A masked layer that shares the parameters of `layer`."""
+        check_module("MaskedConv2d.from_dense", "layer", layer, nn.Conv2d)
         made = cls(**cls._arguments(layer))
         made._copy_of(layer)
         return made

@@ -23,6 +23,7 @@ from . import ops
 from .batch_norm import stamp
 from .modules import MaskedConv2d, MaskedLinear, padded
 from .ops import nm_routes
+from .ops.dispatch import check_module
 from .ops.layerwise import is_channels_last
 from .ops.nm import check_dtype, check_groups, check_inputs
 from .patterns import NM, parse
@@ -95,10 +96,7 @@ class _NM(nn.Module):
     @classmethod
     def _from(cls, layer: nn.Module, pattern: NM | str, masked: bool) -> Self:
         plain, name = cls._plain, cls.__name__
-        if not isinstance(layer, plain):
-            raise TypeError(
-                f"{name}: layer is a {type(layer).__name__}, but it must be an nn.{plain.__name__}"
-            )
+        check_module(name, "layer", layer, plain)
         if masked is not getattr(layer, "masked", False):
             has, other = ("no", "from_dense") if masked else ("a", "from_masked")
             raise ValueError(
@@ -361,6 +359,7 @@ class NMConv2d(_NM):
     _plain = nn.Conv2d
 
     def __init__(self, layer: nn.Conv2d, pattern: NM | str, device=None, dtype=None) -> None:
+        check_module("NMConv2d", "layer", layer, nn.Conv2d)
         super().__init__()
         self.arguments = MaskedConv2d._arguments(layer)
         self._pads = tuple(layer._reversed_padding_repeated_twice)

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import SupportsFloat, SupportsIndex
 
 __all__ = ["Block", "Channel", "Dense", "NM", "Pattern", "Unstructured", "family", "parse"]
 
 
 def _check_sparsity(kind: str, sparsity: float) -> None:
+    if not isinstance(sparsity, SupportsFloat):
+        raise TypeError(
+            f"{kind}: sparsity={sparsity!r} is not a number; give the share of zero weights"
+        )
     if not 0.0 <= sparsity < 1.0:
         raise ValueError(
             f"{kind}: sparsity={sparsity!r} is not in [0, 1); give the share of zero weights"
@@ -86,6 +91,10 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self) -> None:
+        if not all(isinstance(count, SupportsIndex) for count in (self.n, self.m)):
+            raise TypeError(
+                f"NM: n={self.n!r}, m={self.m!r} are not integers; for example NM(2, 4)"
+            )
         if not 1 <= self.n < self.m <= 32:
             raise ValueError(
                 f"NM: n={self.n}, m={self.m} breaks 1 <= n < m <= 32; for example 2:4 keeps 2 of 4"
@@ -114,6 +123,11 @@ class Block(Pattern):
 
     def __post_init__(self) -> None:
         _check_sparsity("Block", self.sparsity)
+        if not all(isinstance(size, SupportsIndex) for size in (self.rows, self.cols)):
+            raise TypeError(
+                f"Block: rows={self.rows!r}, cols={self.cols!r} are not integers; for example "
+                "Block(16, 16, 0.9)"
+            )
         if any(size < 1 and size != -1 for size in (self.rows, self.cols)):
             raise ValueError(
                 f"Block: size {self.rows}x{self.cols} is not positive; use -1 for a whole dimension"
@@ -143,8 +157,13 @@ def parse(text: str | Pattern) -> Pattern:
     """
     if isinstance(text, Pattern):
         return text
+    if not isinstance(text, str):
+        raise TypeError(
+            f"parse: pattern is a {type(text).__name__}, but it is a name such as '2:4', or a "
+            "pattern such as NM(2, 4); write one of them"
+        )
     for regex, make in _GRAMMAR:
-        if found := regex.fullmatch(str(text)):
+        if found := regex.fullmatch(text):
             return make(*found.groups())
     raise ValueError(
         f"parse: pattern {text!r} is unknown; use dense, unstructured-S, channel-S, N:M or "

@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import ops
 from .batch_norm import saving_hooks
 from .modules import masked_layers
+from .ops.dispatch import as_list
 
 __all__ = ["given_weights", "premasked"]
 
@@ -66,7 +67,10 @@ def premasked(
         keep: keep the copies for the backward, as `F.linear(x, w * m)` does. Otherwise it makes
             W*m of one layer at a time anew.
     """
-    found = masked_layers(model).values() if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        found = masked_layers(model).values()
+    else:
+        found = as_list("premasked", "model", model, "or pass a model with masked layers")
     layers = [m for m in found if m.masked and (keep or m.rows is None)]
     if dtype is None and layers:
         device = layers[0].weight.device.type

@@ -11,6 +11,7 @@ from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .modules import MaskedConv2d, MaskedLinear, masked_layers
 from .nm_modules import NMConv2d, NMLinear
+from .ops.dispatch import check_module
 from .patterns import Dense, Pattern, parse
 from .selection import eligible, magnitude_masks
 from .sparse_modules import SparseConv2d, SparseLinear
@@ -47,6 +48,7 @@ def prune_(
         ValueError: for an unknown pattern, a model without layers to mask, a pattern that no layer
             can take, and `skip` for a model that is converted already.
     """
+    check_module("prune_", "model", model)
     pattern = Dense() if pattern is None else parse(pattern)
     if not masked_layers(model):
         convert(model, skip, example_input)
@@ -74,6 +76,7 @@ def prune_(
 
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a model in plain torch.nn layers with parameters of its own, masks baked in."""
+    check_module("to_dense", "model", model)
     return replaced(model, lambda _, layer: layer.to_dense())
 
 

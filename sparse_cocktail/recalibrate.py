@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from .ops.dispatch import check_module, wrong_type
 
 __all__ = ["frozen_statistics", "norm_layers", "recalibrate"]
 
@@ -35,6 +38,15 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             layer.track_running_stats = True
 
 
+def _explain(batches: Iterable, batch: Any, error: Exception) -> None:
+    """Say which usual mistake made a forward fail, if it was one."""
+    if isinstance(batches, Tensor):
+        raise wrong_type("recalibrate", "batches", batches, "a list; put it into [ ]") from error
+    if isinstance(batch, (tuple, list)):
+        wanted = "a tensor of inputs; leave targets out, [x for x, _ in batches]"
+        raise wrong_type("recalibrate", "a batch", batch, wanted) from error
+
+
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     """Reset the running statistics and set them to the plain average over the batches.
@@ -51,6 +63,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Raises:
         ValueError: when there is no batch.
     """
+    check_module("recalibrate", "model", model)
     layers = list(norm_layers(model).values())
     if not layers:
         return
@@ -66,7 +79,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     try:
         count = 0
         for batch in batches:
-            model(batch)
+            try:
+                model(batch)
+            except Exception as error:
+                _explain(batches, batch, error)
+                raise
             count += 1
         if count == 0:
             raise ValueError("recalibrate: batches is empty; give at least one batch of inputs")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .compression import to_compressed
 from .costs import Costs, best, latency_ms
+from .ops.dispatch import check_tensor, wrong_type
 from .patterns import NM, Block, Channel, Unstructured
 from .pruning import to_dense
 from .slimming import to_slim
@@ -39,6 +40,8 @@ class Serving(Costs):
         Raises:
             ValueError: as `to_slim`; and for compressed layers, which are not cut.
         """
+        if not isinstance(plain, bool):
+            raise wrong_type("Cocktail.export", "plain", plain, "a bool; write example_input=x")
         subnet = self.subnet(name)
         compressed = isinstance(subnet.pattern, (NM, Unstructured, Block)) and not plain
         if compressed and example_input is not None:
@@ -62,6 +65,7 @@ class Serving(Costs):
         pruned channels are cut out, where they can be.
         """
         x, subnet = example_input, self.subnet(name)
+        check_tensor("Cocktail.latency", "example_input", x)
         key = subnet.name, x.shape, x.dtype, x.device
         if key not in self._latencies:
             network = self.export(subnet.name)

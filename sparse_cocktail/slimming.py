@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .channel_watch import LAYERS, Watch, tensors_of
+from .ops.dispatch import check_module, wrong_type
 from .pruning import to_dense
 
 __all__ = ["load_slim", "to_slim"]
@@ -35,6 +37,7 @@ def to_slim(model: nn.Module, example_input: Tensor | tuple) -> nn.Module:
     Raises:
         ValueError: where the smaller network cannot run or computes something else.
     """
+    check_module("to_slim", "model", model)
     arguments = example_input if isinstance(example_input, tuple) else (example_input,)
     model = to_dense(model).eval()
     with torch.no_grad():
@@ -60,6 +63,9 @@ def load_slim(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     Raises:
         ValueError: where the state dict is of another architecture.
     """
+    check_module("load_slim", "model", model)
+    if not isinstance(state, Mapping):
+        raise wrong_type("load_slim", "state", state, "a state dict, as slim.state_dict() gives it")
     for name, layer in model.named_modules():
         prefix = f"{name}." if name else ""
         given = state.get(f"{prefix}weight")

@@ -20,6 +20,7 @@ from . import ops
 from .batch_norm import stamp
 from .modules import MaskedConv2d, MaskedLinear, padded
 from .ops import routes
+from .ops.dispatch import check_module
 from .ops.layerwise import is_channels_last
 from .reference import bits_shape, weight_view
 
@@ -50,6 +51,7 @@ class _Sparse(nn.Module):
     @classmethod
     def from_masked(cls, layer: MaskedLinear | MaskedConv2d) -> Self:
         """The layer of what a masked one keeps."""
+        check_module(cls.__name__, "layer", layer, cls._plain)
         if not getattr(layer, "masked", False):
             raise ValueError(
                 f"{cls.__name__}.from_masked: layer={type(layer).__name__} has no mask; use "
@@ -60,6 +62,7 @@ class _Sparse(nn.Module):
     @classmethod
     def from_dense(cls, layer: nn.Linear | nn.Conv2d) -> Self:
         """The layer of what is not zero in a plain one."""
+        check_module(cls.__name__, "layer", layer, cls._plain)
         if getattr(layer, "masked", False):
             raise ValueError(
                 f"{cls.__name__}.from_dense: layer={type(layer).__name__} has a mask; use "
@@ -71,11 +74,6 @@ class _Sparse(nn.Module):
     @classmethod
     @torch.no_grad()
     def _from(cls, layer: nn.Module, bits: Tensor, bias: Tensor | None) -> Self:
-        if not isinstance(layer, cls._plain):
-            raise TypeError(
-                f"{cls.__name__}: layer is a {type(layer).__name__}, but it must be an "
-                f"nn.{cls._plain.__name__}"
-            )
         made, weight = cls._empty(layer), layer.weight.detach()
         kept = ops.unpack_mask(bits, weight.shape)
         made.values = weight_view(weight)[weight_view(kept)]
@@ -219,6 +217,7 @@ class SparseConv2d(_Sparse):
     _plain = nn.Conv2d
 
     def __init__(self, layer: nn.Conv2d, device=None, dtype=None) -> None:
+        check_module("SparseConv2d", "layer", layer, nn.Conv2d)
         super().__init__()
         self.arguments = MaskedConv2d._arguments(layer)
         self.groups = layer.groups

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import tempfile
 import warnings
 
 import pytest
@@ -9,7 +10,25 @@ import torch
 from test_engine import SHORT, OneSubnet, model, run, toy, trained
 from torch import nn
 
-from sparse_cocktail import Cocktail, convert, ops
+from sparse_cocktail import (
+    NM,
+    Block,
+    Cocktail,
+    MaskedConv2d,
+    NMConv2d,
+    Unstructured,
+    convert,
+    load_slim,
+    ops,
+    parse,
+    premasked,
+    prune_,
+    recalibrate,
+    to_compressed,
+    to_dense,
+    to_slim,
+)
+from sparse_cocktail.callbacks import _Turns
 from sparse_cocktail.checkpoint import load_checkpoint
 from sparse_cocktail.data import Data, Split
 from sparse_cocktail.engine import train
@@ -208,12 +227,17 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path):
         ({"beta": 2.0}, r"beta=2.0 is not in \[0, 1\]"),
         ({"stages": 60}, r"stages=60 gives two subnets the same name"),
         ({"warmup": -3}, r"warmup=-3 is negative"),
+        ({"lr": float("inf")}, r"lr=inf is not finite"),
+        ({"weight_decay": float("nan")}, r"weight_decay=nan is not finite"),
+        ({"label_smoothing": 2}, r"label_smoothing=2 is not in \[0, 1\]"),
+        ({"seed": -1}, r"seed=-1 is not in \[0, 2\^32\)"),
+        ({"device": "gpu"}, r"device='gpu' is unknown; use auto, cpu or cuda"),
         ({"device": "cuda:7"}, r"device='cuda:7', but torch sees no GPU"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_options_are_checked_before_the_first_step(tmp_path, fields, message):
-    if "device" in fields and torch.cuda.is_available():
+    if fields.get("device") == "cuda:7" and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", **fields)
@@ -240,6 +264,23 @@ GOOD = Split(torch.zeros(4, 2), torch.tensor([0, 1, 2, 0]))
 def test_data_is_checked(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, toy), r"model=None is a NoneType, but it must be an nn.Module"),
+        ((model, lambda: GOOD), r"data is a Split, but it must be a name or data.Data"),
+        ((model, lambda: [(1, 2)]), r"data is a list, but it must be a name or data.Data"),
+        ((model, toy, "accuracy"), r"task='accuracy' is a str, .* loss, distill and metric"),
+    ],
+    ids=["model", "split", "list", "task"],
+)
+def test_a_run_of_wrong_things_does_not_begin(tmp_path, arguments, message):
+    net, data, *task = arguments
+    with pytest.raises(TypeError, match=f"train: {message}"):
+        train(net and net(), data(), tmp_path / "run", task=next(iter(task), None), **SHORT)
+    assert not (tmp_path / "run").exists()
 
 
 def test_skip_takes_one_name_and_refuses_names_without_layers():
@@ -269,6 +310,86 @@ def test_the_first_convolution_is_the_one_that_runs_first():
 def test_a_norm_under_two_names_stays_one():
     net = convert(LateStem(), example_input=images())
     assert net.norm is net.alias and hasattr(net.norm, "live")
+
+
+# ---- arguments of wrong kinds --------------------------------------------------------------------
+
+BATCH = torch.zeros(2, 1, 8, 8)
+MODEL_ERRORS = {
+    "convert": (lambda c: convert(c), r"convert: model is a Cocktail.*nn.Module; .*cocktail.model"),
+    "skip": (lambda c: convert(model(), skip=5), r"convert: skip=5 is a int.*names of layers"),
+    "skip_type": (lambda c: convert(model(), skip=nn.Linear), r"convert: skip is a type"),
+    "prune": (lambda c: prune_(None, "2:4"), r"prune_: model=None is a NoneType"),
+    "dense": (lambda c: to_dense(c), r"to_dense: model is a Cocktail"),
+    "compressed": (lambda c: to_compressed(c, "2:4"), r"to_compressed: model is a Cocktail"),
+    "slim": (lambda c: to_slim(c, BATCH), r"to_slim: model is a Cocktail"),
+    "load_slim": (lambda c: load_slim(model(), model()), r"load_slim: state is a .*state_dict\(\)"),
+    "cocktail": (lambda c: Cocktail(c), r"Cocktail: model is a Cocktail"),
+    "load": (lambda c: loaded(c, "resnet8"), r"Cocktail.load: model='resnet8' is a str"),
+    "premasked": (lambda c: premasked(c).__enter__(), r"premasked: model is a Cocktail"),
+    "premasked_to": (
+        lambda c: premasked(prune_(model(), "2:4"), "bf16").__enter__(),
+        r"masked_weights: dtype='bf16'",
+    ),
+    "recalibrate": (lambda c: recalibrate(c, [BATCH]), r"recalibrate: model is a Cocktail"),
+    "pairs": (
+        lambda c: recalibrate(model(), [(BATCH, torch.zeros(2))]),
+        r"recalibrate: a batch is a tuple, .* leave targets out",
+    ),
+    "one_batch": (lambda c: c.recalibrate("dense", BATCH), r"batches is a Tensor, .* list; put it"),
+    "subnet": (lambda c: c.activate(c.subnets[CHANNEL]), r"name is a Subnet, .* subnet.name"),
+    "masks": (lambda c: c.set_masks(CHANNEL, None), r"bits=None is a NoneType, .* list"),
+    "plain": (lambda c: c.export(CHANNEL, BATCH), r"export: plain is a Tensor.* example_input=x"),
+    "latency": (lambda c: c.latency(CHANNEL, (BATCH,)), r"example_input is a tuple"),
+    "save": (
+        lambda c: c.save("/dev/null", names=CHANNEL),
+        r"names='channel-0.5000' is a str, .*list",
+    ),
+    "conv": (
+        lambda c: MaskedConv2d.from_dense(nn.Conv1d(2, 2, 1)),
+        r"layer is a Conv1d.*nn.Conv2d",
+    ),
+    "nm_conv": (lambda c: NMConv2d(nn.Conv1d(4, 4, 1), "2:4"), r"layer is a Conv1d.*nn.Conv2d"),
+    "parse": (
+        lambda c: parse((2, 4)),
+        r"parse: pattern is a tuple, but it is a name such as '2:4'",
+    ),
+    "sparsity": (lambda c: Unstructured("0.5"), r"sparsity='0.5' is not a number"),
+    "ratio": (lambda c: NM(2.0, 4), r"n=2.0, m=4 are not integers"),
+    "block": (lambda c: Block(1.5, 2, 0.5), r"rows=1.5, cols=2 are not integers"),
+    "turns": (lambda c: _Turns(c.model), r"_Turns: cocktail is a .*, but it must be a Cocktail"),
+    "turns_name": (lambda c: _Turns(c, CHANNEL), r"names='channel-0.5000' is a str, .* list"),
+    "turns_every": (lambda c: _Turns(c, every=1.5), r"every=1.5 is not an integer"),
+    "turns_batches": (
+        lambda c: _Turns(c, batches=BATCH),
+        r"batches is a Tensor, .* more than once",
+    ),
+    "turns_once": (lambda c: _Turns(c, batches=iter([BATCH])), r"batches is a list_iterator, but"),
+}
+
+
+def loaded(cocktail, network):
+    with tempfile.TemporaryDirectory() as folder:
+        cocktail.save(path := f"{folder}/menu.safetensors")
+        Cocktail.load(path, network)
+
+
+@pytest.mark.parametrize(("call", "message"), MODEL_ERRORS.values(), ids=MODEL_ERRORS)
+def test_wrong_kinds_are_named(cocktail, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(cocktail)
+
+
+def test_names_that_are_not_saved_are_told(cocktail, tmp_path):
+    with pytest.raises(KeyError, match="'nope' is unknown"):
+        cocktail.save(tmp_path / "a", names=["nope"])
+    cocktail.save(tmp_path / "a", names=["unstructured-0.5"])  # not its canonical name
+    assert list(Cocktail.load(tmp_path / "a", model()).subnets) == ["dense", "unstructured-0.5000"]
+
+
+def test_a_pattern_that_no_layer_can_take_is_no_subnet(cocktail):
+    with pytest.raises(ValueError, match=r"no layer can take the pattern 5:31: in="):
+        cocktail.add("5:31")
 
 
 # ---- damaged files -------------------------------------------------------------------------------
