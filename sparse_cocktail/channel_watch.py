@@ -107,6 +107,7 @@ class _Use:
     inputs: _Channels | None = None
     outputs: _Channels | None = None
     calls: int = 0
+    outside: bool = False  # whether its weight or bias was used before, without the layer
 
 
 class Watch(TorchFunctionMode):
@@ -183,6 +184,9 @@ class Watch(TorchFunctionMode):
                 given.need()
         else:
             self._produce(layer, use, given, output, dim, whole)
+        if use.outside:
+            self._keep(use.inputs)
+            self._keep(use.outputs)
         self.inside -= 1  # what was asked of the weights above is no use of them
 
     def _pass_through(self, layer, use: _Use, given: _Channels | None, output, shift) -> None:
@@ -231,6 +235,7 @@ class Watch(TorchFunctionMode):
         for tensor in tensors_of((args, kwargs)):
             if id(tensor) in self.owners:  # a weight that is used outside of its layer
                 use = self.uses[self.owners[id(tensor)]]
+                use.outside = True
                 self._keep(use.inputs)
                 self._keep(use.outputs)
         found = [channels for channels in before if channels is not None]

@@ -175,6 +175,8 @@ def written(x):
         nn.Sigmoid(),
         nn.Conv2d(6, 6, 1, groups=2),
         nn.PixelShuffle(1),
+        nn.Linear(16, 16),  # along the width
+        nn.utils.spectral_norm(nn.Conv2d(6, 6, 1)),  # makes its weight in a hook
         unlike(),
         Call(lambda x: x + 1),
         Call(lambda x: x + torch.ones(6, 1, 1)),
@@ -192,6 +194,16 @@ def test_channels_stay_before_what_may_need_them(between):
     slim = to_slim(model, X)
     assert slim.first.weight.shape[0] == 6 and slim.last.weight.shape[1] == 6
     check_equal(model, slim, X)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [lambda x: x * float("inf"), lambda x: x / 0, lambda x: x / x],
+    ids=["times infinity", "by zero", "by itself"],
+)
+def test_channels_stay_before_what_makes_zeros_nan(between):
+    slim = to_slim(Wired(Call(between)).eval(), X)
+    assert slim.first.weight.shape[0] == 6 and slim.last.weight.shape[1] == 6
 
 
 def test_concatenated_and_flattened_channels():
@@ -276,6 +288,25 @@ def test_weights_that_several_read_stay():
     model = nn.Sequential(pruned(nn.Linear(4, 4), 1), nn.ReLU(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     assert to_slim(model, torch.randn(2, 4))[0].weight.shape == (4, 4)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["after the layer", "before the layer"])
+def test_inputs_of_a_weight_that_is_used_besides_stay(first):
+    class Besides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = pruned(nn.Linear(4, 6), 1, 2)
+            self.last = nn.Linear(6, 3)
+
+        def forward(self, x):
+            if first:
+                return self.last.weight.sum(1) + self.last(self.hidden(x).relu())
+            return self.last(self.hidden(x).relu()) + self.last.weight.sum(1)
+
+    model, x = Besides().eval(), torch.randn(2, 4)
+    slim = to_slim(model, x)
+    assert slim.hidden.weight.shape == (6, 4) and slim.last.weight.shape == (3, 6)
+    check_equal(model, slim, x)
 
 
 def test_one_channel_stays_of_none():
@@ -363,3 +394,11 @@ def test_compressed_layers_are_not_cut():
         cocktail.export("2:4", example_input=X)
     whole = to_dense(cocktail.export("2:4", plain=True, example_input=X))
     assert shapes(whole) == shapes(models.build("resnet8", {"inputs": 3}))
+
+
+def test_a_slim_copy_is_in_eval_mode_and_of_no_factory():
+    model = prune_(models.build("resnet8", {"width": 4}), "channel-0.5").train()
+    slim = to_slim(model, torch.randn(2, 1, 8, 8))
+    assert not any(module.training for module in slim.modules())
+    assert all(module.training for module in model.modules())
+    assert hasattr(model, "factory") and not hasattr(slim, "factory")
