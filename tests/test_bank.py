@@ -66,6 +66,21 @@ def test_rows_start_pruned_and_views_share_their_memory(bank, weights):
     assert bank.count(row) == bank.flat(row).numel() - 16
 
 
+def test_a_flat_tensor_is_split_into_views_of_it(bank):
+    flat = torch.zeros_like(bank.flat(bank.add()))
+    for value, view in enumerate(bank.split(flat)):
+        view.fill_(value + 1)
+    sizes = [view.numel() for view in bank.split(flat)]
+    assert torch.equal(flat, torch.arange(1, 5).int().repeat_interleave(torch.tensor(sizes)))
+
+
+def test_rows_and_views_follow_the_weights_to_another_device(bank, weights):
+    rows = bank.add(ops.topk_masks(weights, 100)), bank.add()
+    bank.weights[:] = [w.detach().to("meta") for w in weights]
+    for row in (*rows, bank.add()):
+        assert {t.device.type for t in (bank.flat(row), *bank.views(row))} == {"meta"}
+
+
 def test_addresses_are_stable_and_rows_independent(bank, weights):
     first = bank.add(ops.topk_masks(weights, 100))
     addresses = [v.data_ptr() for v in bank.views(first)]
@@ -216,6 +231,19 @@ def test_scratch_follows_threads_backend_and_weights(weights, threads):
         weights[3].data = torch.randn_like(weights[3]) * 9
     bank.topk_(row, 300)
     assert_same(bank.views(row), ops.topk_masks(weights, 300))
+
+
+def test_scratch_of_weights_that_are_gone_is_freed(weights, threads):
+    bank = MaskBank(weights)
+    row = bank.add()
+    for _ in range(3):
+        for count in (1, 2):  # a captured graph may hold that of other threads
+            threads(count)
+            bank.topk_(row, 300)
+        backend = ops.chosen("topk_row_", weights[0].device)
+        assert len(bank._scratches) == (2 if backend == "cpp" else 1)
+        with torch.no_grad():
+            weights[0].data = weights[0].data.clone()
 
 
 def test_channel_counts_in_a_column_of_a_table():
@@ -518,3 +546,13 @@ def test_errors_name_row_value_and_rule(bank, call, error, match):
 def test_bits_may_come_from_a_generator(bank, weights):
     masks = ops.topk_masks(weights, 50)
     assert_same(bank.views(bank.add(bits for bits in masks)), masks)
+
+
+def test_nested_channels_stay_dead_where_the_others_are_zero_too(bank, weights):
+    first = stage(bank, 0.5, nm=NM(2, 4))
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+    _, channels, _ = stage(bank, 0.8, first, nested=True)
+    assert inside(bank.views(channels), bank.views(first[1]))
+    assert [int(a.sum()) for a in alive(bank.views(channels))] == [5, 3, 7, 10]
