@@ -104,6 +104,28 @@ def test_activate_computes_with_the_masked_weights(masked_before):
         assert [layer.mask_bits.data_ptr() for layer in cocktail.layers.values()] == addresses
 
 
+def test_subnets_together_keep_what_any_of_them_keeps():
+    cocktail, names = make(()), []
+    for seed in range(3):  # of every layer other weights, and other channels
+        torch.manual_seed(seed)
+        masks = [torch.rand_like(w) < 0.3 for w in cocktail.bank.weights]
+        for mask in masks:
+            mask[torch.rand(len(mask)) < 0.6] = False
+        name = cocktail.add(f"unstructured-0.8{seed}", list(map(ops.pack_mask, masks))).name
+        names.append(name)
+    each = [cocktail.kept_parameters([name]) for name in names]
+    together = cocktail.kept_parameters(names)
+    assert len(together) == 6  # two weights and biases, scale and shift of a BatchNorm
+    for (parameter, kept), *ones in zip(together, *each, strict=True):
+        assert all(one is parameter for one, _ in ones)
+        masks = [mask for _, mask in ones]
+        assert torch.equal(kept, masks[0] | masks[1] | masks[2])
+        assert not any(torch.equal(kept, mask) for mask in masks)
+    bits = zip(*(cocktail.masks(name) for name in names), strict=True)
+    alive = [sum(b.flatten(1).ne(0).any(1).int() for b in some) > 0 for some in bits]
+    assert all(map(torch.equal, cocktail.live(names), alive))
+
+
 def test_using_goes_back_even_after_an_error():
     cocktail, x = make(), images()
     cocktail.activate("2:4")
@@ -162,6 +184,19 @@ def test_summary_against_hand_computed_numbers():
 
 
 # ---- export --------------------------------------------------------------------------------------
+
+
+def test_parameters_are_those_that_are_not_zero_in_the_export():
+    def net():  # a convolution without and a linear layer with biases
+        conv, norm = nn.Conv2d(8, 12, 3, bias=False), nn.BatchNorm2d(12)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3), conv, norm, nn.Flatten(), nn.Linear(192, 6), nn.Linear(6, 5)
+        )
+
+    cocktail = make(make_model=net)
+    for row in cocktail.summary():
+        plain = cocktail.export(row["name"], plain=True)
+        assert row["parameters"] == sum(int(p.count_nonzero()) for p in plain.parameters()), row
 
 
 @pytest.mark.parametrize("name", ["dense", *PATTERNS])
@@ -294,6 +329,38 @@ def test_file_does_not_depend_on_the_active_subnet(file, tmp_path):
         cocktail.save(tmp_path / name)
     first, second = (stored(tmp_path / name)[0] for name in ("dense", "2:4"))
     assert_equal(first, second)
+
+
+def test_a_loaded_model_has_the_statistics_of_the_dense_network(tmp_path):
+    cocktail, x = make(("2:4",)), images()
+    cocktail.recalibrate("dense", [images(8, 2.0)])
+    with cocktail.using("dense"):
+        expected = cocktail.model(x)
+    cocktail.activate("2:4")
+    cocktail.save(tmp_path / "menu.safetensors")
+    loaded = Cocktail.load(tmp_path / "menu.safetensors", network().eval())
+    assert loaded.active == "dense" and torch.equal(loaded.model(x), expected)
+
+
+def test_a_plain_model_is_converted_as_the_file_says(tmp_path):
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn_b, self.bn_a = nn.BatchNorm2d(6), nn.BatchNorm2d(6)
+            self.a, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1)
+
+        def forward(self, x):
+            return self.bn_b(self.b(self.bn_a(self.a(x))))
+
+    x = images()
+    model = convert(Swapped().eval(), mask_first=True, example_input=x)
+    cocktail = Cocktail(model)
+    cocktail.add("channel-0.5")
+    cocktail.save(tmp_path / "menu.safetensors")
+    loaded = Cocktail.load(tmp_path / "menu.safetensors", Swapped().eval())
+    assert list(loaded.layers) == ["a", "b"]
+    assert (loaded.model.bn_a.source, loaded.model.bn_b.source) == ("a", "b")
+    assert_equal(outputs(loaded, x), outputs(cocktail, x))
 
 
 def test_extra_with_numbers_as_keys_loads_again(file):
