@@ -49,6 +49,22 @@ def test_own_norms_come_and_go_with_their_subnet():
     assert not same(own, shared)
 
 
+def test_what_is_shared_comes_back_after_several_own_norms():
+    made = cocktail()
+    shared = values([*made.statistics(), *made.affine()])
+    own = {}
+    for name in ("unstructured-0.5", "2:4"):
+        made.keep_norms(name)
+        perturb(made, name)
+        made.keep_norms(name)
+        own[name] = values([*made.statistics(), *made.affine()])
+    for name in ("2:4", "unstructured-0.5"):
+        made.activate(name)
+        assert same(own[name], [*made.statistics(), *made.affine()])
+    made.activate("dense")
+    assert same(shared, [*made.statistics(), *made.affine()])
+
+
 def test_training_what_is_shared_is_not_undone():
     made = cocktail()
     made.activate("unstructured-0.5")
@@ -161,6 +177,23 @@ def test_recalibration_leaves_scales_in_place():
     assert same(shared, made.affine())
     made.activate("2:4")
     assert not same(shared, made.affine())
+
+
+def test_recalibration_of_the_active_subnet_is_in_force_at_once():
+    made = cocktail()
+    made.activate("2:4")
+    before = values(made.statistics())
+    made.recalibrate("2:4", [torch.randn(8, 1, 8, 8)])
+    assert made.active == "2:4" and same(made.subnets["2:4"].statistics, made.statistics())
+    assert not same(before, made.statistics())
+
+
+def test_recalibration_of_a_subnet_leaves_how_many_batches_the_model_has_seen():
+    made = cocktail()
+    for norm in made.norms.values():
+        norm.num_batches_tracked.fill_(7)
+    made.recalibrate("2:4", [torch.randn(8, 1, 8, 8)])
+    assert {int(norm.num_batches_tracked) for norm in made.norms.values()} == {7}
 
 
 def test_masks_change_in_place():

@@ -105,6 +105,13 @@ def test_modes_and_momenta_come_back():
     assert modes(model) == before and momenta(model) == [0.3, None, 0.1]
 
 
+def test_recalibration_records_no_gradients():
+    model, recorded = network(), []
+    model.register_forward_hook(lambda _, args, output: recorded.append(output.requires_grad))
+    recalibrate(model, batches())
+    assert recorded == [False] * 3
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_an_exception_leaves_no_trace(error):
     def interrupted():
