@@ -152,6 +152,38 @@ def test_accumulation_changes_only_rounding(one_subnet, tmp_path):
     parts = trained(tmp_path / "2", lr=0.01, accumulate=2).ctx.model.fc.weight
     assert not torch.equal(plain, parts)  # BatchNorm sees half batches
     torch.testing.assert_close(plain, parts, atol=0.1, rtol=0.1)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in "12"]
+    steps = [[e["loss"] for e in map(json.loads, log) if e["event"] == "train"] for log in logs]
+    for one, other in zip(*steps, strict=True):  # means over the batch, in one part or in two
+        assert other == pytest.approx(one, rel=0.3)
+
+
+class Sums(Classification):
+    """Its metric is a sum of outputs: accuracies would hide small differences."""
+
+    def metric(self, output, target):
+        return output.double().sum(), len(target)
+
+
+def test_statistics_of_subnets_are_not_mixed_up(one_subnet, tmp_path):
+    one_subnet(Pass("channel-0.5000"))
+    ctx = trained(tmp_path, lr=0.01).ctx
+    names = ["dense", "channel-0.5000", "unstructured-0.5000"]
+    found = []
+    ctx.task = Sums()
+    for subnet in ctx.cocktail.subnets.values():
+        subnet.statistics = None
+    for some in (names, *([name] for name in names)):
+        found.append(ctx.measure(some, "holdout"))
+    together, *alone = found
+    assert together == {name: score for one in alone for name, score in one.items()}
+    assert len(set(together.values())) == 3
+    ctx.cocktail.recalibrate("channel-0.5000", ctx.calibration())
+    ctx.cocktail.activate("dense")
+    dense = {k: v.clone() for k, v in ctx.model.state_dict().items()}
+    with ctx.cocktail.using("channel-0.5000"):
+        weights = ctx.weights()
+        assert same(weights, dense)
 
 
 def test_teacher_leaves_running_statistics_alone(one_subnet, tmp_path):

@@ -107,3 +107,19 @@ def test_a_frozen_layer_without_a_channel_left_keeps_everything():
     for parameter, old in before.items():
         assert torch.equal(parameter, old)
         assert not any(v.any() for k, v in moments(optimizer, parameter).items() if k)
+
+
+def test_memory_for_copies_follows_a_model_to_another_dtype():
+    cocktail = cocktail_of()
+    frozen, names = Frozen(cocktail), ["channel-0.5", "2:4"]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        cocktail.model.to(dtype)
+        with torch.no_grad():
+            for parameter in cocktail.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, dtype=dtype) / 3)
+        before = {p: (p.detach().clone(), kept) for p, kept in cocktail.kept_parameters(names)}
+        frozen.hold(names)
+        step(cocktail, OPTIMIZERS["plain"](cocktail.model.parameters()), 0)
+        frozen.restore()
+        for parameter, (old, kept) in before.items():
+            assert parameter.dtype == dtype and torch.equal(parameter[~kept], old[~kept])
