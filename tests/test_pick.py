@@ -10,6 +10,7 @@ from test_cocktail import network
 from torch import nn
 
 from sparse_cocktail import Cocktail, MaskedLinear, convert, models
+from sparse_cocktail.costs import best
 
 PATTERNS = ("unstructured-0.8", "channel-0.5", "2:4", "1:8")
 
@@ -156,6 +157,17 @@ def test_equal_accuracies_take_fewer_flops_then_fewer_bytes(menu):
     assert menu.pick(max_bytes=sizes["1:8"]).name == "1:8"
 
 
+def test_fewer_flops_count_before_fewer_bytes():
+    rows = [
+        {"name": "small", "accuracy": 90.0, "nnz": 10, "flops": 200, "bytes": 100},
+        {"name": "quick", "accuracy": 90.0, "nnz": 10, "flops": 100, "bytes": 200},
+        {"name": "both", "accuracy": 89.0, "nnz": 10, "flops": 50, "bytes": 50},
+    ]
+    for some in (rows, rows[::-1]):
+        assert best(some, {"flops": 200, "bytes": 200}, None) == "quick"
+        assert best(some, {"bytes": 100}, None) == "small"
+
+
 def test_accuracy_zero_is_an_accuracy(menu):
     record(menu, nm1_8=0.0)
     assert menu.pick(max_bytes=1e9).name == "1:8"
@@ -213,6 +225,9 @@ def test_latency_is_measured_once_per_kind_of_input(menu):
     assert menu.latency("channel-0.5000", X.clone()) == first, "measured again"
     menu.latency("channel-0.5", torch.zeros(3, 3, 8, 8))
     assert len(menu._latencies) == 2
+    menu.model.double()
+    menu.latency("channel-0.5", X.double())
+    assert len(menu._latencies) == 3
     with pytest.raises(KeyError, match="'3:4' is unknown"):
         menu.latency("3:4", X)
 
@@ -243,6 +258,24 @@ def test_latency_runs_in_eval_mode_without_gradient_on_the_present_threads(menu)
     model = nn.Sequential(convert(nn.Sequential(nn.Linear(8, 8), Probe())))
     Cocktail(model.train()).latency("dense", torch.zeros(1, 8))
     assert set(seen) == {(False, False, torch.get_num_threads())} and len(seen) > 20
+
+
+def test_latency_of_a_channel_subnet_is_that_without_its_channels_where_it_can_be(monkeypatch):
+    monkeypatch.setattr("sparse_cocktail.costs.MEASURE_SECONDS", 1e-3)
+    widths, needed = [], 4
+
+    class Probe(nn.Module):
+        def forward(self, x):
+            if x.shape[1] < needed:
+                raise ValueError("too few channels")
+            widths.append(x.shape[1])
+            return x
+
+    cocktail = Cocktail(convert(nn.Sequential(nn.Linear(8, 8), Probe(), nn.Linear(8, 2))))
+    for name, width in (("channel-0.5", 4), ("unstructured-0.5", 8), ("channel-0.75", 8)):
+        cocktail.add(name)
+        assert cocktail.latency(name, torch.zeros(1, 8)) > 0
+        assert widths[-1] == width, name
 
 
 def test_a_copied_cocktail_keeps_its_figures(menu):
