@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,6 +18,7 @@ from sparse_cocktail import (
     NMLinear,
     convert,
     models,
+    ops,
     prune_,
     to_compressed,
     to_dense,
@@ -29,6 +31,7 @@ CONVS = {
     "pointwise": {"kernel_size": 1},
     "3x3": {"kernel_size": 3, "padding": 1},
     "stride": {"kernel_size": 1, "stride": 2},
+    "padded": {"kernel_size": 1, "padding": 1},
     "groups": {"kernel_size": 3, "groups": 2},
     "dilation": {"kernel_size": 3, "dilation": 2, "padding": "same"},
     "reflect": {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
@@ -266,6 +269,31 @@ def test_written_values_count(route):
 
 
 @pytest.mark.parametrize("route", ROUTES)
+def test_written_bits_count(route):
+    made, x = NMLinear.from_masked(masked_linear(), "2:4"), torch.randn(3, 64)
+    with nm_routes.forced(route):
+        before = made(x)
+        made.bits.copy_(ops.nm_mask(torch.randn(24, 64), 2, 4))
+        assert not torch.equal(made(x), before)
+        torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight, made.bias))
+
+
+def test_a_form_is_no_part_of_a_pickle():
+    layer = NMLinear.from_masked(masked_linear(), "2:4")
+    size = len(pickle.dumps(layer))
+    layer(torch.randn(5, 64))
+    assert layer.plan is not None and len(pickle.dumps(layer)) == size
+
+
+def test_a_weight_lies_as_that_of_the_masked_layer():
+    layer = masked_conv(kernel_size=3).to(memory_format=torch.channels_last)
+    made = NMConv2d.from_masked(layer, "2:4")
+    for conv in (made, made.to_dense()):
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+        assert not conv.weight.is_contiguous()
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_first_call_in_inference_mode(route):
     made, x = NMLinear.from_masked(masked_linear(), "2:4"), torch.randn(3, 64)
     with nm_routes.forced(route):
@@ -352,6 +380,14 @@ def test_nothing_to_compress_is_an_error():
         to_compressed(model, "2:4")
     with pytest.raises(ValueError, match=r"to_compressed: layer '0': .*bits keep 2 of a group"):
         to_compressed(prune_(model, "2:4"), "1:4")
+
+
+def test_a_layer_whose_mask_was_taken_off_is_not_compressed():
+    model = prune_(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), "2:4")
+    model[0].set_mask(None)
+    made, x = to_compressed(model, "2:4"), torch.randn(3, 8)
+    assert [type(layer) for layer in made] == [nn.Linear, NMLinear]
+    assert torch.allclose(made(x), model(x), atol=1e-6)
 
 
 # ---- models --------------------------------------------------------------------------------------
