@@ -69,6 +69,8 @@ def test_masked_state_dict_sets_the_mask_of_a_dense_layer(make, plain, shape, ne
     assert list(before) == ["weight", "bias", "mask_bits"], "the caller's state dict was changed"
     target.set_mask(~source.mask)
     assert torch.equal(before["mask_bits"], source.mask_bits), "the state dict aliases the buffer"
+    source.set_mask(~source.mask)
+    assert not torch.equal(before["mask_bits"], source.mask_bits), "it aliases the source's"
 
 
 @each_layer
@@ -354,6 +356,8 @@ def test_silenced_channels_are_exactly_zero(arguments, training):
     x = torch.randn(3, 4, 5, 5) + 1
     y = layer(x)
     assert not y[:, ~live].any() and torch.equal(y[:, live], plain(x)[:, live])
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(getattr(layer, name), buffer), name
     y.square().sum().backward() if before else None
     for name, parameter in layer.named_parameters():
         assert torch.equal(parameter, before[name]), "a shared parameter was changed"
@@ -386,15 +390,30 @@ def test_norm_from_and_to_dense(arguments, dtype):
     for name, tensor in state.items():
         assert getattr(layer, name) is tensor, f"{name} is not shared"
     x = torch.randn(3, 4, 5, 5, dtype=dtype)
-    for live in (None, torch.tensor([True, False, True, True])):
+    for live in (None, torch.tensor([True, False, True, True]), None):
         layer.set_live(live)
         dense = layer.to_dense()
+        for name, tensor in state.items():
+            assert getattr(dense, name) is not tensor, f"{name} is shared with the copy"
         assert type(dense) is nn.BatchNorm2d and not dense.training
         if not state:  # a layer without any tensor has no dtype to keep
             dense.to(dtype)
         assert all(p.dtype == dtype for p in dense.parameters())
         torch.testing.assert_close(dense(x), layer(x))
         assert live is None or not dense(x)[:, 1].any()
+
+
+def test_no_silent_channels_are_lost_silently():
+    layer, plain = norm_pair({})
+    live = torch.tensor([True, False, True, True])
+    layer.set_live(live)
+    with pytest.raises(RuntimeError, match=r'Missing key.*"live"'):
+        layer.load_state_dict(plain.state_dict())
+    state = layer.state_dict()
+    layer.set_live(~live)
+    assert torch.equal(state["live"], live), "the state dict aliases the buffer"
+    layer.load_state_dict(state)
+    assert torch.equal(layer.live, live)
 
 
 def test_norm_copies():
