@@ -160,6 +160,23 @@ def test_subnets_get_the_statistics_that_recalibrate_gives(resnet, callback_of):
     assert all(map(torch.equal, resnet.subnets["2:4"].statistics, expected))
 
 
+def test_a_menu_beside_a_checkpoint_has_statistics_of_every_subnet(resnet, callback_of, tmp_path):
+    callback = callback_of(resnet, batches=BATCHES)
+    args, state = SimpleNamespace(output_dir=tmp_path), SimpleNamespace(global_step=1)
+    callback.on_train_begin(args, state, None, model=resnet.model)
+    callback.on_step_begin(args, state, None)
+    assert resnet.active != "dense"
+    for state.is_world_process_zero in (False, True):
+        assert not list(tmp_path.iterdir())
+        callback.on_save(args, state, None)
+    loaded = Cocktail.load(tmp_path / "checkpoint-1" / "cocktail.safetensors")
+    for name in callback.names:
+        resnet.recalibrate(name, BATCHES)
+        pairs = zip(loaded.subnets[name].statistics, resnet.subnets[name].statistics, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs), name
+    assert resnet.active == "dense"
+
+
 def test_a_loaded_menu_trains_on_from_its_dense_statistics(resnet, callback_of, tmp_path):
     resnet.recalibrate("dense", BATCHES)
     resnet.recalibrate("2:4", BATCHES)

@@ -220,6 +220,12 @@ def test_augmentation_does_not_depend_on_the_batch_size():
             assert torch.equal(image, small[target])
 
 
+@pytest.mark.parametrize("name", ["digits", "digits-32"])
+def test_what_comes_in_at_the_border_of_digits_is_their_background(name):
+    found = data.load(name)
+    assert found.augment.fill == pytest.approx(float(found.train.inputs.min()), abs=1e-5)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_images_shift_by_at_most_one_pixel(share):
     images = torch.randn(900, 2, 5, 7)

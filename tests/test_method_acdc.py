@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from sparse_cocktail.engine import train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS
 from sparse_cocktail.methods.acdc import ACDC, ACDCOptions, phases
+from sparse_cocktail.methods.updates import reset_momentum
 from sparse_cocktail.selection import magnitude_masks
 
 MENU = ("unstructured-0.8000", "2:4", "channel-0.5000", "block-4x4-0.5000")
@@ -212,6 +214,16 @@ def test_every_change_of_masks_is_logged(recorded):
     for stage, step, changed in logged:
         before, after = (line["kept"] for line in lines[stage, step])
         assert changed == pytest.approx(float((after & ~before).sum() / after.sum()))
+
+
+def test_forgotten_moments_of_adamw_begin_anew():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0)
+    for gradient in ([1.0, 2.0, 3.0], [3.0, -1.0, 0.5], [-0.1, 0.1, 0.2]):
+        reset_momentum(SimpleNamespace(optimizer=optimizer))
+        before, weight.grad = weight.detach().clone(), torch.tensor(gradient)
+        optimizer.step()  # the first of AdamW is lr times the gradient's sign
+        torch.testing.assert_close(weight.detach() - before, -0.1 * weight.grad.sign())
 
 
 def test_momentum_can_be_forgotten_at_both_switches(tmp_path, monkeypatch):
