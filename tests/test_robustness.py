@@ -75,6 +75,14 @@ def test_a_cocktail_follows_its_model(cocktail, happens):
     assert torch.equal(cocktail.bank.views(cocktail.subnets["2:4"].row)[0], fresh)
 
 
+def test_a_subnet_is_made_from_weights_that_were_assigned_just_before(cocktail):
+    state = {k: torch.rand_like(v.float()) for k, v in cocktail.model.state_dict().items()}
+    cocktail.model.load_state_dict(state, assign=True)
+    added = cocktail.add("2:4")
+    fresh = ops.nm_mask(cocktail.layers["blocks.0.conv1"].weight, 2, 4)
+    assert torch.equal(cocktail.bank.views(added.row)[0], fresh)
+
+
 def test_a_masked_state_dict_restores_silent_norms(cocktail):
     for norm in cocktail.norms.values():
         nn.init.normal_(norm.bias)
