@@ -82,6 +82,11 @@ def load_compressed(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
         values = state.get(f"{prefix}values")
         if values is None or type(layer) not in (nn.Linear, nn.Conv2d):
             continue
+        if layer.weight.is_meta:
+            raise ValueError(
+                f"load_compressed: {prefix}weight is on the device meta, where nothing can be "
+                "loaded; build the model on cpu or cuda"
+            )
         made = _empty(layer, values, state.get(f"{prefix}nm"))
         if name:
             parent, _, child = name.rpartition(".")
@@ -100,7 +105,7 @@ def load_compressed(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
 
 def _empty(layer: nn.Linear | nn.Conv2d, values: Tensor, nm: Tensor | None) -> nn.Module:
     """The layer that `values` are to be loaded into."""
-    how = {"device": layer.weight.device, "dtype": values.dtype}
+    how = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     pattern = () if nm is None else (NM(*nm.tolist()),)
     if isinstance(layer, nn.Conv2d):
         return (NMConv2d if pattern else SparseConv2d)(layer, *pattern, **how)

@@ -111,7 +111,7 @@ class _NM(nn.Module):
         """Take over a layer's weight, with its mask or else the largest weights."""
         n, m = self.pattern.n, self.pattern.m
         weight, bias = layer.weight.detach(), layer.bias
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # so that later writes are seen
             if bits is not None:
                 bias = layer._live_bias()
                 check_groups(f"{type(self).__name__}.from_masked", bits, self.shape[1], n, m)
@@ -362,6 +362,7 @@ class NMConv2d(_NM):
         check_module("NMConv2d", "layer", layer, nn.Conv2d)
         super().__init__()
         self.arguments = MaskedConv2d._arguments(layer)
+        vars(self).update({k: v for k, v in self.arguments.items() if k not in ("bias", "device")})
         self._pads = tuple(layer._reversed_padding_repeated_twice)
         bias = layer.bias is not None
         self._init_weight(layer.weight.shape, pattern, bias, device, dtype)

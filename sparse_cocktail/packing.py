@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .ops import routes
+from .ops.sparse_product import differentiates
 
 __all__ = ["forget", "packed_weight"]
 
@@ -44,14 +45,12 @@ def packed_weight(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor] 
     It is for inference in fp32 on a CPU: in eval mode, without gradient or autocast, with groups=1.
     """
     weight, bits = layer.weight, layer.mask_bits
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
     if layer.training or not _plain(layer, x):
         forget(layer)
         return None
-    if torch.is_grad_enabled() and any(
-        t.requires_grad for t in (x, *layer.parameters(recurse=False))
-    ):
+    if differentiates(x, *layer.parameters(recurse=False)):
         forget(layer)
         return None
     key = (weight.data_ptr(), weight._version, bits.data_ptr(), bits._version)

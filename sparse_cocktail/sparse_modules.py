@@ -20,8 +20,9 @@ from . import ops
 from .batch_norm import stamp
 from .modules import MaskedConv2d, MaskedLinear, padded
 from .ops import routes
-from .ops.dispatch import check_module
+from .ops.dispatch import check_bits, check_module, check_padding
 from .ops.layerwise import is_channels_last
+from .ops.sparse_product import differentiates
 from .reference import bits_shape, weight_view
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class _Sparse(nn.Module):
         return cls._from(layer, bits, layer.bias)
 
     @classmethod
+    @torch.inference_mode(False)  # whose tensors have no version to tell writes by
     @torch.no_grad()
     def _from(cls, layer: nn.Module, bits: Tensor, bias: Tensor | None) -> Self:
         made, weight = cls._empty(layer), layer.weight.detach()
@@ -105,7 +107,9 @@ class _Sparse(nn.Module):
     def _form(self, name: str) -> tuple[Tensor, ...]:
         """The packed weight, or the dense one, of the present values and bits."""
         if torch.compiler.is_compiling():
-            return self._forms[name][1]
+            if name in self._forms:
+                return self._forms[name][1]
+            return (self.weight,)  # of a graph that packs, elsewhere: with gradient or autocast
         source = self.values, stamp(self.values), self.bits, stamp(self.bits)
         held, tensors = self._forms.get(name, ((), ()))
         if held and held[0] is source[0] and held[2] is source[2] and held[1::2] == source[1::2]:
@@ -124,19 +128,26 @@ class _Sparse(nn.Module):
                     f"{type(self).__name__}: it chooses how to multiply in its first forward; run "
                     "the model once before torch.compile"
                 )
-            return "packed" in self._forms
+            return "packed" in self._forms and self._packable(x)
         if x.dtype != self.values.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"{type(self).__name__}: x has dtype {x.dtype}, but the layer has "
                 f"{self.values.dtype}; convert one of them"
             )
         return (
+            type(x) is Tensor
+            and not torch.jit.is_tracing()
+            and self._packable(x)
+            and routes.chosen_sparse(op, rows, self.shape, self.density)
+        )
+
+    def _packable(self, x: Tensor) -> bool:
+        """Whether the sparse product takes x."""
+        return (
             x.device.type == self.values.device.type == "cpu"
             and ops.autocast_dtype(x) == self.values.dtype == torch.float32
-            and type(x) is Tensor
-            and not (torch.is_grad_enabled() and x.requires_grad)
+            and not differentiates(x)
             and self.groups == 1
-            and routes.chosen_sparse(op, rows, self.shape, self.density)
         )
 
     # ---- state -----------------------------------------------------------------------------------
@@ -150,16 +161,32 @@ class _Sparse(nn.Module):
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, *rest) -> None:
         values, bits = state.get(prefix + "values"), state.get(prefix + "bits")
-        if values is not None and values.dim() == 1:
-            self.values = self.values.new_empty(len(values))  # as many as the given mask keeps
-        if values is not None and bits is not None and not bits.is_meta:
-            kept = int(ops.mask_count(bits))
-            if kept != values.numel():
-                rest[-1].append(
-                    f"{prefix}values: there are {values.numel()}, but {prefix}bits keeps {kept}"
-                )
+        if values is not None and bits is not None:
+            try:
+                kept = self._kept(bits, values)
+            except (TypeError, ValueError) as error:
+                rest[-1].append(f"{prefix}bits: {error}")
                 return
+            with torch.inference_mode(False):  # so that later writes are seen
+                self.values = self.values.new_empty(kept)
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, *rest)
+        for name in self._forms if bits is not None else ():  # compiled graphs read them as such
+            self._form(name)
+
+    def _kept(self, bits: Tensor, values: Tensor) -> int:
+        """How many weights these bits keep, which must be those of this layer."""
+        name = type(self).__name__
+        check_bits(name, bits, bits_shape(self.shape))
+        if bits.is_meta:
+            return len(values)
+        check_padding(name, bits, self.shape[1])
+        kept = int(ops.mask_count(bits))
+        if values.shape != (kept,):
+            raise ValueError(
+                f"{name}: values have shape {tuple(values.shape)}, but the bits keep {kept} "
+                "weights; take both from one state dict"
+            )
+        return kept
 
     def _told(self) -> str:
         runs = ", ".join(self._forms) or "not run yet"
@@ -220,7 +247,7 @@ class SparseConv2d(_Sparse):
         check_module("SparseConv2d", "layer", layer, nn.Conv2d)
         super().__init__()
         self.arguments = MaskedConv2d._arguments(layer)
-        self.groups = layer.groups
+        vars(self).update({k: v for k, v in self.arguments.items() if k not in ("bias", "device")})
         self._pads = tuple(layer._reversed_padding_repeated_twice)
         self._init_weight(layer.weight.shape, layer.bias is not None, device, dtype)
 

@@ -419,3 +419,11 @@ def test_layers_that_cannot_take_the_pattern_become_plain():
     x = torch.randn(3, 10)
     torch.testing.assert_close(made(x), to_dense(model)(x))
     assert [type(m) for m in to_dense(made)] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+def test_writes_are_seen_in_a_layer_made_in_inference_mode():
+    with torch.inference_mode():
+        layer, x = NMLinear.from_dense(nn.Linear(16, 8), "2:4"), torch.randn(3, 16)
+        layer(x)
+        layer.values.zero_()
+        assert torch.equal(layer(x), layer.bias.expand(3, -1))

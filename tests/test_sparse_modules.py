@@ -131,6 +131,57 @@ def test_compiles_in_one_graph_after_a_first_run(way):
         assert torch.equal(layer(x), compiled(x))
 
 
+@pytest.mark.parametrize("way", ["sparse", "dense"])
+def test_a_compiled_layer_follows_what_is_loaded_and_asked(way):
+    layer, other = (
+        SparseLinear.from_masked(linear(pattern=f"unstructured-{s}")) for s in (0.9, 0.8)
+    )
+    x = torch.randn(8, 37)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with ops.route(way):
+        with torch.no_grad():
+            layer(x), compiled(x)
+            layer.load_state_dict(other.state_dict())
+            assert torch.equal(compiled(x), other(x))
+            with torch.autocast("cpu", torch.bfloat16):
+                assert compiled(x).dtype == torch.bfloat16
+        x.requires_grad_()
+        (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+        torch.testing.assert_close(grad, layer.weight.sum(0).expand(8, -1))
+
+
+def test_forward_mode_derivatives(threads):
+    masked = MaskedLinear(64, 64).eval().requires_grad_(False)
+    masked.set_mask("unstructured-0.9")
+    x, v = torch.randn(2, 64, 64)
+    with ops.route("sparse"):
+        masked(x), masked(x)  # packed from now on
+        for layer in (masked, SparseLinear.from_masked(masked)):
+            _, tangent = torch.func.jvp(layer, (x,), (v,))
+            torch.testing.assert_close(tangent, v @ masked.to_dense().weight.t())
+        packed = ops.sparse_pack(masked.weight, masked.mask_bits)
+        with pytest.raises(RuntimeError, match="this op is for inference only"):
+            torch.func.jvp(lambda x: ops.sparse_linear(x, *packed, 64), (x,), (v,))
+
+
+def test_traces():
+    layer, x = SparseLinear.from_masked(linear()), torch.randn(8, 37)
+    with torch.no_grad():
+        layer(x)
+        torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
+
+
+def test_writes_are_seen_in_layers_made_in_inference_mode():
+    x = torch.randn(8, 37)
+    with torch.inference_mode():
+        layers = [SparseLinear.from_masked(linear()), SparseLinear.from_masked(linear())]
+        layers[1].load_state_dict(layers[0].state_dict())
+        for layer in layers:
+            layer(x)
+            layer.values.zero_()
+            assert torch.equal(layer(x), layer.bias.expand(8, -1))
+
+
 # ---- state ---------------------------------------------------------------------------------------
 
 
@@ -153,9 +204,26 @@ def test_state_dicts_of_other_masks_load():
         first(x)
         first.load_state_dict(second.state_dict())
         assert torch.equal(first(x), second(x))
-    broken = {**second.state_dict(), "values": second.values[:-3]}
-    with pytest.raises(RuntimeError, match=r"values: there are \d+, but bits keeps \d+"):
-        first.load_state_dict(broken)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda s: {"values": s["values"][:-3]}, r"bits: .*shape \(175,\), but the bits keep 178"),
+        (lambda s: {"bits": s["bits"].long()}, r"bits: SparseLinear: bits has dtype torch.int64"),
+        (lambda s: {"bits": s["bits"][:-1]}, r"bits: SparseLinear: bits has shape"),
+        (lambda s: {"bits": s["bits"] | -(2**31)}, r"bits: SparseLinear: .*beyond"),
+    ],
+    ids=["count", "dtype", "shape", "padding"],
+)
+def test_a_refused_state_leaves_the_layer_as_it_was(changed, message):
+    layer, x = SparseLinear.from_masked(linear()), torch.randn(8, 37)
+    state = layer.state_dict()
+    with torch.no_grad():
+        y = layer(x)
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict({**state, **changed(state)})
+        assert torch.equal(layer(x), y)
 
 
 def test_wrong_layers_are_refused():
@@ -216,6 +284,20 @@ def test_exports_hold_what_is_kept():
         torch.testing.assert_close(small(x), plain(x), rtol=1e-4, atol=1e-4)
     stated = {row["name"]: row["bytes"] for row in cocktail.summary()}["unstructured-0.9000"]
     assert state_bytes(small) == pytest.approx(stated, rel=0.05)  # bits of silent channels
+
+
+def test_a_loaded_model_keeps_its_dtype_and_its_layers_their_geometry():
+    state = to_compressed(pruned()).state_dict()
+    made = load_compressed(models.build("resnet18", {"inputs": 3}).bfloat16(), state)
+    assert made(torch.randn(2, 3, 32, 32).bfloat16()).dtype == torch.bfloat16
+    layer = next(m for m in made.modules() if isinstance(m, SparseConv2d))
+    plain = layer.to_dense()
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups"):
+        assert getattr(layer, name) == getattr(plain, name)
+    with torch.device("meta"):
+        empty = models.build("resnet18", {"inputs": 3})
+    with pytest.raises(ValueError, match="is on the device meta, where nothing can be loaded"):
+        load_compressed(empty, state)
 
 
 def test_a_state_dict_of_another_network_is_refused():

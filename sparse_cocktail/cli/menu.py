@@ -126,6 +126,11 @@ def export(
         draws = torch.Generator().manual_seed(0)
         samples = torch.randn(2, *_sample_shape(cocktail, sample), generator=draws)
     network = cocktail.export(subnet, not compressed, samples)
+    if compressed and not any(hasattr(module, "bits") for module in network.modules()):
+        raise ValueError(
+            f"export: every layer of {subnet} keeps more than half of its weights, so that "
+            "--compressed saves nothing; leave it out"
+        )
     if out.suffix == ".safetensors":
         facts = {"factory": getattr(cocktail.model, "factory", None), "subnet": subnet}
         facts |= {"slim": True} if slim else {"compressed": True} if compressed else {}
@@ -139,14 +144,18 @@ def export(
         raise ValueError(f"export: out={out} must end in .safetensors or .pt2")
     (row,) = [r for r in cocktail.summary() if r["name"] == cocktail.subnet(subnet).name]
     parameters = sum(p.numel() for p in network.parameters())
-    whole = "nothing else" if compressed else f"zeros in place, {parameters:,} parameters in all"
+    whole = f"zeros in place, {parameters:,} parameters in all"
+    if compressed:
+        plain = len(cocktail.layers) - sum(hasattr(m, "bits") for m in network.modules())
+        whole = f"{plain} of {len(cocktail.layers)} layers whole" if plain else "nothing else"
     console.print(
         f"{row['name']} of {place} -> {out} ({row['nnz']:,} weights kept in the masked layers, "
         f"{whole})",
         soft_wrap=True,
     )
     timed = {"dense": "", "channel": "slim"}.get(row["pattern"], "compressed")  # as `latency` does
-    if max_ms is not None and timed and not (slim or compressed):
+    fits = timed == "slim" or out.suffix == ".safetensors"
+    if max_ms is not None and timed and fits and not (slim or compressed):
         console.print(f"Its milliseconds are those of the {timed} network: add --{timed}")
 
 

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..reference import bits_shape, unpack_mask
 from .dispatch import (
@@ -176,8 +177,18 @@ def _check_product(op: str, x: Tensor, packed: tuple, bias: Tensor | None, shape
         )
 
 
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether a derivative by one of the tensors is asked for, backward or forward."""
+    given = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
+
+
 def _refuse_gradient(op: str, *tensors: Tensor | None) -> None:
-    if torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in tensors):
+    if differentiates(*tensors):
         raise RuntimeError(
             f"{op}: an argument requires a gradient, but this op is for inference only; call it "
             "under torch.no_grad(), or use the masked op of the same name"
