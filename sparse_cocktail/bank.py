@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops.dispatch import as_list, check_bits, check_same_length, check_weight, whole
+from .ops.checks import as_list, check_bits, check_same_length, check_weight, whole
 from .ops.rows import row_views
 from .ops.unified import as_counts, as_ratio
 from .reference import bits_shape

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .cocktail import Cocktail
 from .data import generator_for
 from .freezing import Frozen
-from .ops.dispatch import as_list, whole, wrong_type
+from .ops.checks import as_list, whole, wrong_type
 from .recalibrate import frozen_statistics
 
 __all__ = ["CocktailCallback", "LightningCallback"]  # noqa: F822 - made by __getattr__

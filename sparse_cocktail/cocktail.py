@@ -25,7 +25,7 @@ from .cocktail_file import (
     write_cocktail,
 )
 from .modules import masked_layers
-from .ops.dispatch import as_list, check_module, check_padding, wrong_type
+from .ops.checks import as_list, check_module, check_padding, wrong_type
 from .own_norms import OwnNorms, copies, copy_all
 from .patterns import Dense, Pattern, Unstructured, parse
 from .pruning import followers, output_layers

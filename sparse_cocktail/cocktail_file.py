@@ -23,7 +23,7 @@ from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .files import read_tensors, write_tensors
 from .modules import masked_layers
-from .ops.dispatch import check_module
+from .ops.checks import check_module
 from .reference import weight_view
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .modules import masked_layers
 from .nm_modules import NMConv2d, NMLinear
-from .ops.dispatch import check_module, wrong_type
+from .ops.checks import check_module, wrong_type
 from .patterns import NM, Pattern, parse
 from .pruning import replaced
 from .selection import eligible

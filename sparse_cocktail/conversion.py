@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .batch_norm import MaskedBatchNorm2d
 from .modules import MaskedConv2d, MaskedLinear, evaluating
-from .ops.dispatch import check_module, wrong_type
+from .ops.checks import check_module, wrong_type
 
 __all__ = ["Conversion", "convert"]
 

@@ -24,7 +24,7 @@ from .config import Config, split_fields
 from .data import Data
 from .distributed import gather, mean, own_device, replicate
 from .methods import METHODS, Context, Method
-from .ops.dispatch import check_module, wrong_type
+from .ops.checks import check_module, wrong_type
 from .preparation import new_optimizer, prepare_model
 from .report import run_results
 from .run_folder import RunFolder

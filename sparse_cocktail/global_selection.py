@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
-from .ops.dispatch import as_list, check_weights, whole
+from .ops.checks import as_list, check_weights, whole
 from .ops.masks import check_within
 from .reference import WORD, bits_shape
 

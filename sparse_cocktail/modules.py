@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .batch_norm import saving_hooks, share_hooks, stamp
-from .ops.dispatch import check_bits, check_module, check_padding
+from .ops.checks import check_bits, check_module, check_padding
 from .packing import forget, packed_weight
 from .patterns import Pattern, parse
 from .reference import bits_shape
@@ -28,6 +28,7 @@ __all__ = [
     "MaskedConv2d",
     "MaskedLinear",
     "evaluating",
+    "filled",
     "masked_layers",
     "output_positions",
     "padded",
@@ -317,6 +318,13 @@ class MaskedConv2d(_Masked, nn.Conv2d):
     def to_dense(self) -> nn.Conv2d:
         """A plain nn.Conv2d with its own parameters, the mask baked in as zeros."""
         return self._baked(nn.Conv2d(**self._arguments(self)))
+
+
+def filled(plain: nn.Module, layer: nn.Module) -> nn.Module:
+    """A plain layer with copies of what another one computes with, in the other's mode."""
+    plain.weight = nn.Parameter(layer.weight)
+    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
+    return plain.train(layer.training)
 
 
 def padded(x: Tensor, mode: str, pads: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:

@@ -21,9 +21,9 @@ from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from . import ops
 from .batch_norm import stamp
-from .modules import MaskedConv2d, MaskedLinear, padded
+from .modules import MaskedConv2d, MaskedLinear, filled, padded
 from .ops import nm_routes
-from .ops.dispatch import check_module
+from .ops.checks import check_module
 from .ops.layerwise import is_channels_last
 from .ops.nm import check_dtype, check_groups, check_inputs
 from .patterns import NM, parse
@@ -33,16 +33,16 @@ from .reference_nm import nm_unpack, values_shape
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["NMConv2d", "NMLinear", "nm_pattern"]
+__all__ = ["NMConv2d", "NMLinear"]
 
 
-def nm_pattern(op: str, pattern: NM | str) -> NM:
+def _nm_pattern(op: str, pattern: NM | str) -> NM:
     """The N:M pattern of a name; ValueError for another one."""
     pattern = parse(pattern)
     if not isinstance(pattern, NM):
         raise ValueError(
-            f"{op}: pattern={str(pattern)!r} is not N:M such as '2:4'; layers of other patterns "
-            "stay masked, or become plain ones with to_dense"
+            f"{op}: pattern={str(pattern)!r} is not N:M such as '2:4'; take SparseLinear or "
+            "SparseConv2d for others, as to_compressed does"
         )
     return pattern
 
@@ -69,7 +69,7 @@ class _NM(nn.Module):
 
     def _init_weight(self, shape: Sequence[int], pattern: NM | str, bias, device, dtype) -> None:
         name = type(self).__name__
-        self.shape, self.pattern = tuple(shape), nm_pattern(name, pattern)
+        self.shape, self.pattern = tuple(shape), _nm_pattern(name, pattern)
         check_inputs(name, "weight", shape[1], self.pattern.m)
         check_dtype(name, dtype)
         n, m = self.pattern.n, self.pattern.m
@@ -337,7 +337,7 @@ class NMLinear(_NM):
     def to_dense(self) -> nn.Linear:
         """A plain nn.Linear with zeros where the weight was pruned."""
         bias = self.bias is not None
-        return _filled(nn.Linear(self.in_features, self.out_features, bias, "meta"), self)
+        return filled(nn.Linear(self.in_features, self.out_features, bias, "meta"), self)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -387,15 +387,9 @@ class NMConv2d(_NM):
 
     def to_dense(self) -> nn.Conv2d:
         """A plain nn.Conv2d with zeros where the weight was pruned."""
-        return _filled(nn.Conv2d(**self.arguments), self)
+        return filled(nn.Conv2d(**self.arguments), self)
 
     def extra_repr(self) -> str:
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
         sizes = ", ".join(f"{name}={self.arguments[name]}" for name in names)
         return f"{sizes}, {self._runs()}"
-
-
-def _filled(plain: nn.Module, layer: _NM) -> nn.Module:
-    plain.weight = nn.Parameter(layer.weight)
-    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
-    return plain.train(layer.training)

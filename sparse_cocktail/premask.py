@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from . import ops
 from .batch_norm import saving_hooks
 from .modules import masked_layers
-from .ops.dispatch import as_list
+from .ops.checks import as_list
 
 __all__ = ["given_weights", "premasked"]
 

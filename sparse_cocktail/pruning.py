@@ -11,7 +11,7 @@ from .batch_norm import MaskedBatchNorm2d
 from .conversion import convert
 from .modules import MaskedConv2d, MaskedLinear, masked_layers
 from .nm_modules import NMConv2d, NMLinear
-from .ops.dispatch import check_module
+from .ops.checks import check_module
 from .patterns import Dense, Pattern, parse
 from .selection import eligible, magnitude_masks
 from .sparse_modules import SparseConv2d, SparseLinear

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .ops.dispatch import check_module, wrong_type
+from .ops.checks import check_module, wrong_type
 
 __all__ = ["frozen_statistics", "norm_layers", "recalibrate"]
 

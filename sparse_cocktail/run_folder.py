@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -138,6 +137,5 @@ class RunFolder:
             write_json(self.path / RESULTS, results)
             self._log.close()
         if self._lock is not None:
-            with contextlib.suppress(FileNotFoundError):
-                (self.path / LOCK).unlink()
+            (self.path / LOCK).unlink(missing_ok=True)
             self._lock.close()

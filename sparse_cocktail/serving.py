@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .compression import to_compressed
 from .costs import Costs, best, latency_ms
-from .ops.dispatch import check_tensor, wrong_type
+from .ops.checks import check_tensor, wrong_type
 from .patterns import NM, Block, Channel, Unstructured
 from .pruning import to_dense
 from .slimming import to_slim

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .channel_watch import LAYERS, Watch, tensors_of
-from .ops.dispatch import check_module, wrong_type
+from .ops.checks import check_module, wrong_type
 from .pruning import to_dense
 
 __all__ = ["load_slim", "to_slim"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .batch_norm import stamp
-from .modules import MaskedConv2d, MaskedLinear, padded
+from .modules import MaskedConv2d, MaskedLinear, filled, padded
 from .ops import routes
-from .ops.dispatch import check_bits, check_module, check_padding
+from .ops.checks import check_bits, check_module, check_padding
 from .ops.layerwise import is_channels_last
 from .ops.sparse_product import differentiates
 from .reference import bits_shape, weight_view
@@ -224,7 +224,7 @@ class SparseLinear(_Sparse):
     def to_dense(self) -> nn.Linear:
         """A plain nn.Linear with zeros where the weight was pruned."""
         bias = self.bias is not None
-        return _filled(nn.Linear(self.in_features, self.out_features, bias, "meta"), self)
+        return filled(nn.Linear(self.in_features, self.out_features, bias, "meta"), self)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
@@ -268,15 +268,9 @@ class SparseConv2d(_Sparse):
 
     def to_dense(self) -> nn.Conv2d:
         """A plain nn.Conv2d with zeros where the weight was pruned."""
-        return _filled(nn.Conv2d(**self.arguments), self)
+        return filled(nn.Conv2d(**self.arguments), self)
 
     def extra_repr(self) -> str:
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
         sizes = ", ".join(f"{name}={self.arguments[name]}" for name in names)
         return f"{sizes}, {self._told()}"
-
-
-def _filled(plain: nn.Module, layer: _Sparse) -> nn.Module:
-    plain.weight = nn.Parameter(layer.weight)
-    plain.bias = None if layer.bias is None else nn.Parameter(layer.bias.clone())
-    return plain.train(layer.training)

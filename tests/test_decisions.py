@@ -63,7 +63,10 @@ def test_paired_steps_share_batch_and_output(tmp_path, monkeypatch):
 
     def listen(self, *args):
         if not forwards:
-            hook = lambda _, inputs, output: forwards.append((inputs[0], output.detach()))  # noqa: E731
+
+            def hook(_, inputs, output):
+                forwards.append((inputs[0], output.detach()))
+
             self.ctx.model.register_forward_hook(hook)
             forwards.append(None)
         taught = []

@@ -424,3 +424,11 @@ def test_norm_copies():
     for copied in COPIES.values():
         twin = copied(layer)
         assert twin.source == "conv" and torch.equal(twin.eval()(x), layer.eval()(x))
+
+
+def test_masked_layers_on_the_meta_device_know_their_shapes():
+    with torch.device("meta"):
+        layer, conv = MaskedLinear(16, 8), MaskedConv2d(16, 8, 3)
+        layer.masked = conv.masked = True
+        assert layer(torch.randn(3, 16)).shape == (3, 8)
+        assert conv(torch.randn(3, 16, 5, 5)).shape == (3, 8, 3, 3)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from rich.console import Console
 
-from . import ablate, bench, compare, connect, menu, pictures, train, tune  # noqa: F401 - they register
+# All but `app` are imported for what they register there.
+from . import ablate, bench, compare, connect, menu, pictures, train, tune  # noqa: F401
 from .base import app
 
 __all__ = ["app", "main"]

@@ -9,20 +9,15 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import bits_shape
-from .dispatch import (
+from .checks import (
     as_list,
     check_bits,
     check_device,
     check_same_length,
     check_weight,
     check_weights,
-    define,
-    eager,
-    gradient,
-    inside,
-    lazy_triton,
-    undispatched,
 )
+from .dispatch import define, eager, gradient, inside, lazy_triton, undispatched
 from .masks import packed, strided
 
 __all__ = ["live_rows", "masked_weight", "masked_weight_", "masked_weights"]

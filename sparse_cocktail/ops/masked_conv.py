@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from . import layerwise
-from .dispatch import check_tensor, chosen, define, eager, gradient, pair
+from .checks import check_tensor, pair
+from .dispatch import chosen, define, eager, gradient
 from .layerwise import is_channels_last, unpacked
 from .masked import save_bits, saved_bits
 from .masked_linear import autocast_input, check_layer, check_rows, fused, unchecked

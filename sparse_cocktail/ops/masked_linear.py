@@ -11,7 +11,8 @@ from torch import Tensor
 from .. import reference
 from ..reference import bits_shape
 from . import layerwise
-from .dispatch import check_bits, check_device, check_weight, define, gradient, lazy_triton
+from .checks import check_bits, check_device, check_weight
+from .dispatch import define, gradient, lazy_triton
 from .masked import save_bits, saved_bits
 from .routes import routed
 

@@ -9,17 +9,16 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import bits_shape, block_count
-from .dispatch import (
+from .checks import (
     as_list,
     check_bits,
     check_device,
     check_same_length,
     check_weight,
     check_weights,
-    define,
-    lazy_triton,
     whole,
 )
+from .dispatch import define, lazy_triton
 
 __all__ = [
     "block_masks",

@@ -17,16 +17,8 @@ from torch import Tensor
 from .. import reference_nm
 from ..reference import WORD, bits_shape
 from ..reference_nm import values_shape
-from .dispatch import (
-    DTYPES,
-    check_bits,
-    check_device,
-    check_padding,
-    check_weight,
-    define,
-    gradient,
-    lazy_triton,
-)
+from .checks import DTYPES, check_bits, check_device, check_padding, check_weight
+from .dispatch import define, gradient, lazy_triton
 from .masked import save_bits, saved_bits
 from .masked_linear import autocast_input
 from .masks import check_inputs, check_pattern, shape_of, strided

@@ -14,15 +14,8 @@ from torch import Tensor
 from .. import reference_nm
 from ..reference import bits_shape
 from ..reference_nm import nm_unpack, packed_shapes
-from .dispatch import (
-    check_bits,
-    check_device,
-    check_weight,
-    define,
-    detached,
-    extension_path,
-    gradient,
-)
+from .checks import check_bits, check_device, check_weight, detached
+from .dispatch import define, extension_path, gradient
 from .masked_linear import autocast_input
 from .nm import (
     ACTIVATIONS,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import beta_shares, bits_shape
-from .dispatch import as_list, check_device, check_weights, chosen, define, lazy_triton
+from .checks import as_list, check_device, check_weights
+from .dispatch import chosen, define, lazy_triton
 from .masks import strided
 from .unified import check_beta, check_ratio
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reference_soft_topk as reference
-from .dispatch import DTYPES, as_list, check_same_length, define, gradient, lazy_triton
+from .checks import DTYPES, as_list, check_same_length
+from .dispatch import define, gradient, lazy_triton
 
 __all__ = ["soft_topk", "soft_topk_multi"]
 

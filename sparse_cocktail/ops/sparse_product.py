@@ -23,15 +23,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..reference import bits_shape, unpack_mask
-from .dispatch import (
-    check_bits,
-    check_device,
-    check_tensor,
-    check_weight,
-    define,
-    detached,
-    pair,
-)
+from .checks import check_bits, check_device, check_tensor, check_weight, detached, pair
+from .dispatch import define
 from .masks import shape_of
 
 __all__ = ["sparse_conv2d", "sparse_linear", "sparse_pack"]

@@ -10,16 +10,8 @@ from torch import Tensor
 
 from .. import reference
 from ..reference import beta_shares, bits_shape
-from .dispatch import (
-    as_list,
-    check_bits,
-    check_device,
-    check_same_length,
-    check_weights,
-    define,
-    lazy_triton,
-    whole,
-)
+from .checks import as_list, check_bits, check_device, check_same_length, check_weights, whole
+from .dispatch import define, lazy_triton
 from .masks import check_keep, check_within, new_bits, packed, strided
 
 __all__ = ["channel_masks", "channel_scores", "unified_masks"]
