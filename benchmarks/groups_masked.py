@@ -13,14 +13,15 @@ from torch.nn import grad as convolution
 
 from sparse_cocktail import ops
 from sparse_cocktail.modules import MaskedConv2d, MaskedLinear
+from sparse_cocktail.ops.few_rows import MOST_ROWS
 
 from gates import Verdict  # isort: skip - neighbours, not packages
 from groups_masks import our_name  # isort: skip
 from peers_masked import DENSE, Way, layer_peers, mixed, plain_layer, product  # isort: skip
-from shapes import Held, LayerInputs  # isort: skip
+from shapes import Held, Layer, LayerInputs  # isort: skip
 from timing import Group, Impl  # isort: skip
 
-__all__ = ["OURS", "Dense", "Rounding", "exactly", "layer_group", "peak_bytes", "places", "routes"]
+__all__ = ["OURS", "Dense", "Rounding", "exactly", "layer_group", "peak_bytes", "places"]
 __all__ += ["saved_bytes"]
 
 OURS = ("ours/op", "ours/module")  # as dispatched; a network has the second
@@ -192,12 +193,6 @@ def peak_bytes(step: Callable[[], object]) -> int:
 # ---- layers --------------------------------------------------------------------------------------
 
 
-def routes(op: str) -> tuple[str, ...]:
-    """Names of the routes that a masked product can be forced to take."""
-    known = getattr(ops, "ROUTES", ())
-    return tuple(known.get(op, ()) if isinstance(known, dict) else known)
-
-
 def _op(held: Held) -> Callable[[], Tensor]:
     def forward() -> Tensor:
         if held.weight.dim() == 2:
@@ -219,12 +214,13 @@ def _module(held: Held) -> Callable[[], Tensor]:
     return forward
 
 
-def _our_ways(op: str, device: torch.device) -> list[Way]:
+def _our_ways(device: torch.device, layer: Layer) -> list[Way]:
     note = f"the weight by {our_name('masked_weight', device) or 'plain torch'}"
+    positions = math.prod(layer.output) // layer.weight[0]
     forced = [
         Way(f"ours/route {name}", _op, around=lambda name=name: ops.route(name))
-        for name in routes(op)
-        if device.type == "cuda"  # the CPU has one
+        for name in ops.ROUTES
+        if device.type == "cuda" or positions <= MOST_ROWS  # the CPU has one for more
     ]
     return [Way("ours/op", _op, note), Way("ours/module", _module), *forced]
 
@@ -263,7 +259,7 @@ def layer_group(
     """A layer's group, and by implementation what measures the memory of a training step."""
     held, device = inputs.sets[0], inputs.device
     op = "masked_linear" if len(held.layer.weight) == 2 else "masked_conv2d"
-    ways = [*_our_ways(op, device), *layer_peers()]
+    ways = [*_our_ways(device, held.layer), *layer_peers()]
 
     def impl(way: Way) -> Impl:
         kind = Dense if way.name == DENSE else list

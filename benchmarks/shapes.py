@@ -289,21 +289,24 @@ def _small_layers() -> list[Layer]:
     ]
 
 
-LAYERS = ("resnet50", "vit-b16", "llama-7b", "small")
+LAYERS = ("resnet50", "resnet50-64", "vit-b16", "llama-7b", "small")
 
 
 def layers_of(network: str, gpu: bool, batch: int | None = None) -> list[Layer]:
     """Layers of a network of LAYERS; `batch`: images of a convolution (256 on a GPU, else 32).
 
-    The CPU takes fewer rows of linear layers.
+    The CPU takes fewer rows of linear layers. `resnet50-64` has 8 images of 64x64: convolutions
+    with few positions.
     """
     if network == "resnet50":
         return _resnet50_layers(batch or (256 if gpu else 32))
+    if network == "resnet50-64":
+        return _resnet50_layers(batch or 8, side=64)
     if network == "vit-b16":
-        rows = (1, 16, _VIT_TOKENS, 2048, 4096) if gpu else (1, 16, _VIT_TOKENS)
+        rows = (1, 16, _VIT_TOKENS, 2048, 4096) if gpu else (1, 4, 16, 64, _VIT_TOKENS)
         return _linear_layers(_VIT, rows, bias=True)
     if network == "llama-7b":
-        rows = (1, 2, 4, 8, 16, _VIT_TOKENS, 2048, 4096) if gpu else (1, 16, 256)
+        rows = (1, 2, 4, 8, 16, _VIT_TOKENS, 2048, 4096) if gpu else (1, 4, 16, 64, 256)
         return _linear_layers(_LLAMA, rows, bias=False)
     return _small_layers()
 

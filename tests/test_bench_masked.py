@@ -1,7 +1,7 @@
 """The benchmark of masked layers: its gate, its memory count, ours and peers, one short run."""
 
+import dataclasses
 import re
-from contextlib import contextmanager
 
 import bench_masked
 import groups_masked
@@ -13,6 +13,7 @@ import torch
 from commands import assert_refused, short_bench
 
 from sparse_cocktail import ops
+from sparse_cocktail.ops import routes
 from sparse_cocktail.patterns import parse
 
 CPU = torch.device("cpu")
@@ -20,8 +21,11 @@ SMALL = {layer.name.partition(" ")[0]: layer for layer in shapes.layers_of("smal
 DTYPES = bench_masked.DTYPES
 
 
-def inputs(kind, dtype="fp32"):
-    return shapes.LayerInputs(SMALL[kind], CPU, DTYPES[dtype], parse("2:4"), 0, kind)
+def inputs(kind, dtype="fp32", rows=None):
+    layer = SMALL[kind]
+    if rows is not None:
+        layer = dataclasses.replace(layer, input=(rows, *layer.input[1:]))
+    return shapes.LayerInputs(layer, CPU, DTYPES[dtype], parse("2:4"), 0, kind)
 
 
 def called(name, held, train):
@@ -30,8 +34,7 @@ def called(name, held, train):
 
 
 def ways(held, device=CPU):
-    op = "masked_linear" if held.weight.dim() == 2 else "masked_conv2d"
-    return [*groups_masked._our_ways(op, device), *peers_masked.layer_peers()]
+    return [*groups_masked._our_ways(device, held.layer), *peers_masked.layer_peers()]
 
 
 @pytest.fixture(scope="module")
@@ -144,32 +147,19 @@ def test_saved_bytes(kind):
 # ---- routes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("known", [("masked", "dense"), {"masked_linear": ["masked", "dense"]}])
-def test_routes_are_found_and_forced(monkeypatch, known):
-    in_force = []
-
-    @contextmanager
-    def route(name):
-        in_force.append(name)
-        yield
-        in_force.pop()
-
+def test_routes_are_forced(monkeypatch):
     seen = []
-    monkeypatch.setattr(ops, "ROUTES", known, raising=False)
-    monkeypatch.setattr(ops, "route", route, raising=False)
-    monkeypatch.setattr(ops, "masked_linear", lambda *a: seen.append(list(in_force)) or a[0] * 1.0)
-    assert groups_masked.routes("masked_linear") == ("masked", "dense")
-    held = inputs("linear").sets[0]
-    for way in ways(held, torch.device("cuda")):
-        if way.name.startswith("ours/") and way.name != "ours/module":
-            groups_masked._call(way, held, train=False)()
-    assert seen == [[], ["masked"], ["dense"]] and in_force == []
-    assert not any("route" in way.name for way in ways(held))  # the CPU has one
-
-
-def test_without_routes(monkeypatch):
-    monkeypatch.delattr(ops, "ROUTES", raising=False)
-    assert groups_masked.routes("masked_linear") == ()
+    layer = inputs("linear").sets[0]
+    linear = ops.masked_linear
+    monkeypatch.setattr(
+        ops, "masked_linear", lambda *a: seen.append(routes._forced[routes.ROUTES]) or linear(*a)
+    )
+    found = [way for way in ways(layer) if way.name.startswith("ours/route")]
+    for way in found:
+        groups_masked._call(way, layer, train=False)()
+    assert seen == list(routes.ROUTES)
+    many = inputs("linear", rows=1000).sets[0]
+    assert not any("route" in way.name for way in ways(many)), "the CPU has one"
 
 
 # ---- files, command ------------------------------------------------------------------------------

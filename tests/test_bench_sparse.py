@@ -202,7 +202,6 @@ def test_tables_are_printed(tables):
     [
         (["sparse", "--quick", "--save-choices"], "bench sparse: save_choices=True with quick"),
         (["masked", "--quick", "--save-choices"], "bench masked: save_choices=True with quick"),
-        (["masked", "--save-choices"], "with device='cpu', where a masked layer has one route"),
         (["sparse", "--redraw", "none.json"], "none.json"),
     ],
 )

@@ -1,5 +1,9 @@
 """Every op: opcheck, the choice of backend, and errors that name op, argument, value and rule."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -551,3 +555,19 @@ def test_error_names_op_value_and_rule(op, arguments, error, match):
     with pytest.raises(error, match=match) as caught:
         op(*arguments)
     assert str(caught.value).startswith(f"{op.__name__}: ")
+
+
+@pytest.mark.skipif(not ops.cpu_levels(), reason="needs the C++ extension")
+def test_the_environment_lowers_the_level():
+    show = "from sparse_cocktail import ops; print(ops.cpu_level(), *ops.cpu_levels())"
+
+    def shown(level):
+        env = {**os.environ, "SPARSE_COCKTAIL_CPU_LEVEL": level}
+        program = [sys.executable, "-c", show]
+        return subprocess.run(program, env=env, capture_output=True, text=True)
+
+    assert shown("portable").stdout.split() == ["portable", "portable"]
+    assert shown("").stdout.split() == [ops.cpu_levels()[-1], *ops.cpu_levels()]
+    assert "SPARSE_COCKTAIL_CPU_LEVEL='avx3' is unknown; set it to one of portable, avx2" in (
+        shown("avx3").stderr
+    )

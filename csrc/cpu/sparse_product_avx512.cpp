@@ -1,4 +1,5 @@
 // Sparse products with AVX-512: 16 lanes per vector.
+#include "masked_linear.h"
 #include "sparse_product.h"
 
 #if defined(__x86_64__)
@@ -23,6 +24,8 @@ namespace {
 
 struct Lanes {
   static constexpr int kCount = 16, kMostSums = kMostSteps, kSquare = 8;
+  static constexpr int kRowTile = 4, kOutputTile = 6;
+  static constexpr int kSumTile = 6, kVectorTile = 4;
   __m512 v;
 
   // Spelled out: constructors that the compiler makes up do not get this file's instruction set.
@@ -51,6 +54,15 @@ struct Lanes {
   void set_product(Lanes a, const float* p) { v = _mm512_mul_ps(a.v, _mm512_loadu_ps(p)); }
   void add(Lanes other) { v = _mm512_add_ps(v, other.v); }
   void add_product(Lanes a, const float* p) { v = _mm512_fmadd_ps(a.v, _mm512_loadu_ps(p), v); }
+  void add_product(Lanes a, Lanes b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
+  void set_zero() { v = _mm512_setzero_ps(); }
+  float sum() const { return _mm512_reduce_add_ps(v); }
+  Lanes kept(uint32_t mask) const {
+    return Lanes(_mm512_maskz_mov_ps(static_cast<__mmask16>(mask), v));
+  }
+  static Lanes load_kept(const float* p, uint32_t mask) {
+    return Lanes(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), p));
+  }
   static void transpose(const float* source, int64_t source_pitch, float* target,
                         int64_t target_pitch) {
     transpose_eight(source, source_pitch, target, target_pitch);
@@ -58,12 +70,19 @@ struct Lanes {
 };
 
 #include "sparse_product_loops.h"
+#include "masked_linear_loops.h"
 
 }  // namespace
 }  // namespace avx512
 
 const SparseKernels& avx512_sparse_kernels() {
   static constexpr SparseKernels all{avx512::multiply, avx512::gather, avx512::scatter};
+  return all;
+}
+
+const MaskedLinearKernels& avx512_masked_linear() {
+  using namespace avx512;
+  static constexpr MaskedLinearKernels all{forward, input_grad, weight_grad};
   return all;
 }
 

@@ -85,7 +85,9 @@ def masked(
     threads: Threads = None,
     cases: Annotated[
         str,
-        typer.Option(help="of network,resnet50,vit-b16,llama-7b,small (default: all but small)"),
+        typer.Option(
+            help="of network,resnet50,resnet50-64,vit-b16,llama-7b,small (default: all but small)"
+        ),
     ] = "",
     dtypes: Annotated[
         list[str] | None,
@@ -104,11 +106,6 @@ def masked(
     Every result is compared with float64 before it is timed. Times are given in units of the layer
     without a mask, in the same run. The exit code is 1 when one of ours is wrong.
     """
-    if save_choices and device == "cpu" and redraw is None and not quick:
-        raise ValueError(
-            "bench masked: save_choices=True with device='cpu', where a masked layer has one "
-            "route; add --device cuda, or use 'bench sparse --save-choices'"
-        )
     options = {"cases": names(cases), "dtypes": dtypes or (), "passes": names(passes)}
     options |= {"batch": batch, "device": device}
     _run("masked", out, quick, threads, pictures, redraw, save_choices, **options)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -70,10 +71,25 @@ CPU_LEVELS = ("portable", "avx2", "avx512")
 
 
 def cpu_levels() -> tuple[str, ...]:
-    """Instruction sets that the C++ kernels can use on this machine, the slowest first."""
+    """Instruction sets that the C++ kernels can use on this machine, the slowest first.
+
+    SPARSE_COCKTAIL_CPU_LEVEL names a lower one as the highest: what the process computes, chooses
+    and measures is then that of a machine without the others.
+    """
     if extension_path is None:
         return ()
-    return CPU_LEVELS[: torch.ops.sparse_cocktail_cpp.best_cpu_level() + 1]
+    return CPU_LEVELS[: torch.ops.sparse_cocktail_cpp.best_cpu_level() + 1][: _lowered() + 1]
+
+
+def _lowered() -> int:
+    """The place in CPU_LEVELS of the level that the environment allows."""
+    name = os.environ.get("SPARSE_COCKTAIL_CPU_LEVEL") or CPU_LEVELS[-1]
+    if name not in CPU_LEVELS:
+        raise ValueError(
+            f"ops.cpu_levels: SPARSE_COCKTAIL_CPU_LEVEL={name!r} is unknown; set it to one of "
+            f"{', '.join(CPU_LEVELS)}, or leave it out"
+        )
+    return CPU_LEVELS.index(name)
 
 
 @contextmanager
@@ -85,6 +101,10 @@ def _forced_level(level: int) -> Iterator[None]:
         yield
     finally:
         cpp.force_cpu_level(before)
+
+
+if cpu_levels():
+    torch.ops.sparse_cocktail_cpp.force_cpu_level(len(cpu_levels()) - 1)
 
 
 def cpu_level(name: str | None = None) -> str | AbstractContextManager[None] | None:

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from . import layerwise
+from . import few_rows, layerwise
 from .checks import check_tensor, pair
 from .dispatch import chosen, define, eager, gradient
 from .layerwise import is_channels_last, unpacked
 from .masked import save_bits, saved_bits
 from .masked_linear import autocast_input, check_layer, check_rows, fused, unchecked
-from .routes import routed
+from .routes import chosen_route, routed
 
 __all__ = ["masked_conv2d"]
 
@@ -89,7 +89,7 @@ define(
     reference=lambda x, weight, bits, bias, rows, geometry, dense_grad: reference.masked_conv2d(
         x, weight, bits, bias, *unpacked(geometry)
     ),
-    cpp=layerwise.conv2d,
+    cpp=routed("conv2d", _in_format(few_rows.conv2d), layerwise.conv2d),
     triton=routed("conv2d", _in_format(_fused_conv), layerwise.conv2d),
     fake=_conv_fake,
     check=_check_conv,
@@ -100,7 +100,9 @@ define(
     reference=lambda grad, x, weight, bits, rows, geometry: reference.masked_conv2d_input_grad(
         grad, x, weight, bits, *unpacked(geometry)
     ),
-    cpp=layerwise.conv2d_input_grad,
+    cpp=routed(
+        "conv2d_input_grad", _in_format(few_rows.conv2d_input_grad), layerwise.conv2d_input_grad
+    ),
     triton=routed("conv2d_input_grad", _in_format(_fused_input_grad), layerwise.conv2d_input_grad),
     fake=_input_grad_fake,
     check=unchecked,
@@ -113,7 +115,7 @@ define(
             grad, x, weight, bits, *unpacked(geometry), dense_grad=dense
         )
     ),
-    cpp=layerwise.conv2d_weight_grad,
+    cpp=routed("conv2d_weight_grad", few_rows.conv2d_weight_grad, layerwise.conv2d_weight_grad),
     triton=routed("conv2d_weight_grad", _fused_weight_grad, layerwise.conv2d_weight_grad),
     fake=lambda grad, x, weight, *rest: torch.empty_like(weight),
     check=unchecked,
@@ -156,7 +158,14 @@ def _together(ctx, *tensors: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and eager(tensors)
         and chosen("masked_conv2d_weight_grad", tensors[0].device) == "cpp"
+        and not (ctx.rows is None and _few_rows(ctx, *tensors))
     )
+
+
+def _few_rows(ctx, grad: Tensor, x: Tensor, weight: Tensor) -> bool:
+    positions = grad.numel() // max(1, grad.shape[1])
+    route = chosen_route("conv2d_weight_grad", grad, weight, positions)
+    return route == "fused" and few_rows.takes(x, weight, ctx.geometry)
 
 
 def _save_input_grad(ctx, inputs, output) -> None:

@@ -1,8 +1,9 @@
 """Measured tables that choose between ways to compute a layer: one per device, in choices/.
 
-Masked layers on a GPU (`sparse-cocktail bench masked --save-choices`):
+Masked layers (`sparse-cocktail bench masked --save-choices`):
 
-    fused     our Triton kernels: the mask is applied to the weight's tiles inside the product
+    fused     our kernels: the mask is applied to the weight inside the product. On a GPU these are
+              Triton's, on a CPU those of linear layers of few rows (`few_rows`)
     layer     W*m of this layer is made, and the vendor's library multiplies (`layerwise`)
 
 Masked layers in inference on a CPU (`sparse-cocktail bench sparse --save-choices`):
@@ -160,6 +161,7 @@ def save(
     write_json(_path(card), {**content, "buckets": dict(sorted(buckets.items()))})
     table.cache_clear()
     _sparse_pays.cache_clear()
+    _nearest_route.cache_clear()
     return _path(card)
 
 
@@ -182,14 +184,32 @@ def this_card() -> str:
 
 
 def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
-    """The route that a masked layer takes now: forced, or measured on this card."""
+    """The route that a masked layer takes now: forced, or measured on this card.
+
+    On a CPU a bucket that was not measured counts as the nearest one, by rows and then by weights.
+    """
     if ROUTES in _forced:
         return _forced[ROUTES]
+    if x.device.type == "cpu":
+        sizes = power_of_4(rows), power_of_4(weight.numel())
+        return _nearest_route(FOLDER, cpu_card(), f"{op}/{str(x.dtype)[6:]}", *sizes)
     if x.device.type != "cuda":
         return "layer"
     device = x.device.index if x.device.index is not None else torch.cuda.current_device()
     row = table(gpu_name(device)).get(bucket(op, x.dtype, rows, weight))
     return "layer" if row is None else row["route"]
+
+
+@cache
+def _nearest_route(folder: Path, card: str, start: str, rows: int, weights: int) -> str:
+    measured = table(card)
+    near = [
+        (abs(a - rows), abs(b - weights), row["route"])
+        for a in range(32)
+        for b in range(32)
+        if (row := measured.get(f"{start}/rows-4^{a}/weights-4^{b}"))
+    ]
+    return min(near)[2] if near else "layer"
 
 
 def chosen_sparse(op: str, rows: int, weight: Tensor, density: float) -> bool:
