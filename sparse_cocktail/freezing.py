@@ -44,8 +44,8 @@ class Frozen:
         kept = bank.flat(rows[0])
         for row in rows[1:]:
             kept = kept | bank.flat(row)
-        self.bits, pruned = (bank.split(flat) for flat in (kept, self.full & ~kept))
-        self.held_weights = self._pruned_weights(pruned)
+        self.bits, self.pruned = (bank.split(flat) for flat in (kept, self.full & ~kept))
+        self.held_weights = self._held_weights()
 
         live = self.cocktail.live(names)
         sizes = [len(channels) for channels in live]
@@ -57,10 +57,11 @@ class Frozen:
             made = torch._foreach_mul(list(self.held_vectors.values()), factors)
             self.held_vectors = dict(zip(self.held_vectors, made, strict=True))
 
-    def _pruned_weights(self, pruned: list[Tensor]) -> dict[tuple[int, str], Tensor]:
+    def _held_weights(self) -> dict[tuple[int, str], Tensor]:
+        """On a GPU what is pruned, zero elsewhere; on a CPU everything."""
         found = self._tensors(self.weights)
-        bits = [pruned[index] for index, _ in found]
         if self.at_once:
+            bits = [self.pruned[index] for index, _ in found]
             made = ops.masked_weights(list(found.values()), bits)
             return dict(zip(found, made, strict=True))
         for key, tensor in found.items():
@@ -68,8 +69,6 @@ class Frozen:
                 self.scratch[key] = torch.empty_like(tensor)
         held = {key: self.scratch[key] for key in found}
         torch._foreach_copy_(list(held.values()), list(found.values()))
-        for copy, mask in zip(held.values(), bits, strict=True):
-            ops.masked_weight_(copy, mask)
         return held
 
     def _tensors(self, parameters: Sequence[nn.Parameter]) -> dict[tuple[int, str], Tensor]:
@@ -84,15 +83,19 @@ class Frozen:
     @torch.no_grad()
     def restore(self) -> None:
         """Give pruned weights and silent channels, moments included, their values of before."""
-        found = self._tensors(self.weights)
-        bits = [self.bits[index] for index, _ in found]
+        found, held = self._tensors(self.weights), self.held_weights
         if self.at_once:
+            bits = [self.bits[index] for index, _ in found]
             kept = ops.masked_weights(list(found.values()), bits)
             torch._foreach_copy_(list(found.values()), kept)
+            _add(found, held)
         else:
-            for tensor, mask in zip(found.values(), bits, strict=True):
-                ops.masked_weight_(tensor, mask)
-        _add(found, self.held_weights)
+            for key in found.keys() - held.keys():  # a moment that the step has made
+                ops.masked_weight_(found[key], self.bits[key[0]])
+            for dtype in {tensor.dtype for tensor in held.values()}:  # a call takes one
+                keys = [key for key, tensor in held.items() if tensor.dtype == dtype]
+                bits = [self.pruned[index] for index, _ in keys]
+                ops.masked_copy_([found[k] for k in keys], [held[k] for k in keys], bits)
         if found := self._tensors(self.vectors):
             factors = [self.live[self.layers[index]] for index, _ in found]
             torch._foreach_mul_(list(found.values()), factors)

@@ -266,6 +266,10 @@ def masked_weight(weight: Tensor, bits: Tensor, dtype: torch.dtype | None = None
     return result.copy_(masked)
 
 
+def masked_copy_(weight: Tensor, source: Tensor, bits: Tensor) -> None:
+    weight.copy_(torch.where(unpack_mask(bits, weight.shape), source, weight))
+
+
 def straight(weight: Tensor, bits: Tensor, dtype: torch.dtype, dense_grad: bool) -> Tensor:
     """The masked weight in operations that PyTorch can transform; with `dense_grad` it has the
     gradient of the weight."""

@@ -1,5 +1,6 @@
 """Masked weight, linear and convolution: values and gradients against PyTorch in fp64."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -119,6 +120,46 @@ def test_masked_weights_gradient_of_some(backend, device):
     assert torch.equal(used.grad, masks[0].float())
     assert unused.grad is None or not unused.grad.any()
     assert frozen.grad is None
+
+
+# ---- masked copy ---------------------------------------------------------------------------------
+
+SLICES = {**LAYOUTS, "gaps": lambda w: torch.cat([w, w], 1)[:, : w.shape[1]]}
+
+
+@pytest.mark.parametrize("backend", ops.implementations("masked_copy_"))
+@pytest.mark.parametrize("level", ops.cpu_levels() or ("",))
+@pytest.mark.parametrize("layout", SLICES.values(), ids=SLICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+def test_masked_copy_is_where(backend, level, layout, dtype, threads):
+    """Bits as they are, and only where the mask says so."""
+    threads(2)
+    weights, sources, bits, expected = [], [], [], []
+    for shape in ((5, 37, 3, 3), (70, 64, 1, 1), (3, 300, 1, 2)):
+        weight, source = (layout(torch.randn(shape).to(dtype)) for _ in range(2))
+        source[0, 0], weight[1, 1] = torch.nan, torch.inf
+        mask, words = masked_of(shape)
+        weights.append(weight), sources.append(source), bits.append(words)
+        expected.append(torch.where(mask, source, weight))
+    kept = [weight.clone() for weight in sources]
+    versions = [weight._version for weight in weights]
+    with ops.backend(backend), ops.cpu_level(level) if level else contextlib.nullcontext():
+        ops.masked_copy_(weights, sources, bits)
+    for weight, wanted in zip([*weights, *sources], [*expected, *kept], strict=True):
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=0, equal_nan=True)
+    assert all(w._version > before for w, before in zip(weights, versions, strict=True))
+
+
+def test_masked_copy_refuses_what_does_not_fit():
+    weight, (_, bits) = torch.randn(4, 6), masked_of((4, 6))
+    for message, arguments in (
+        (r"sources has 0 .* 1", ([weight], [], [bits])),
+        (r"sources\[0\] has shape \(4, 5\)", ([weight], [weight[:, 1:]], [bits])),
+        (r"sources\[0\] .* dtype torch.float64", ([weight], [weight.double()], [bits])),
+        (r"bits\[0\] has shape", ([weight], [weight], [bits[1:]])),
+    ):
+        with pytest.raises(ValueError, match="masked_copy_: " + message):
+            ops.masked_copy_(*arguments)
 
 
 # ---- gradients -----------------------------------------------------------------------------------

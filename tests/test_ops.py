@@ -207,6 +207,10 @@ SAMPLES = {
     "masked_conv2d": _conv_samples,
     "masked_conv2d_input_grad": lambda: [arguments[:-1] for arguments in _conv_grad_samples()],
     "masked_conv2d_weight_grad": _conv_grad_samples,
+    "masked_copy_": lambda: [
+        ([weight_of(5, 33, grad=False)], [weight_of(5, 33)], [bits_of(5, 33)]),
+        (*([w.detach() for w in weights] for weights in (_lists()[0], _lists()[0])), _lists()[1]),
+    ],
     "masked_linear": _linear_samples,
     "masked_linear_input_grad": _linear_input_grad_samples,
     "masked_linear_weight_grad": _linear_weight_grad_samples,

@@ -261,6 +261,25 @@ void keep_plain(const uint32_t* bits, const typename F::Raw* source, typename F:
   keep_cast(bits, source, target, count, [](Raw raw) { return raw; });
 }
 
+// Where bits are set, from the source; the target's other elements are written as they are.
+template <class F>
+void copy_plain(const uint32_t* bits, const typename F::Raw* __restrict source,
+                typename F::Raw* __restrict target, int64_t count) {
+  for (int64_t first = 0; first < count; first += kWordBits) {
+    const uint32_t word = bits[first / kWordBits];
+    const int64_t lanes = count - first < kWordBits ? count - first : kWordBits;
+    const auto copy = [&](int64_t j) __attribute__((always_inline)) {
+      const typename F::Raw set = (word & uint32_t{1} << j) != 0 ? -1 : 0;
+      target[first + j] ^= (source[first + j] ^ target[first + j]) & set;
+    };
+    if (lanes == kWordBits) {
+      for (int64_t j = 0; j < kWordBits; ++j) copy(j);
+    } else {
+      for (int64_t j = 0; j < lanes; ++j) copy(j);
+    }
+  }
+}
+
 inline void keep_as_bfloat16(const uint32_t* bits, const int32_t* source, int16_t* target,
                              int64_t count) {
   keep_cast(bits, source, target, count, bfloat16_of);

@@ -311,7 +311,7 @@ void keep_float16(const uint32_t* bits, const int32_t* source, int16_t* target, 
 template <class F>
 constexpr Kernels<F> table() {
   return {select_run<F>, unify_run<F>, settle<F>,    nm_run<F>,
-          score_run<F>,  sum_block<F>, keep_plain<F>};
+          score_run<F>,  sum_block<F>, keep_plain<F>, copy_plain<F>};
 }
 
 }  // namespace

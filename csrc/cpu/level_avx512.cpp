@@ -274,6 +274,19 @@ void keep32(const uint32_t* bits, const int32_t* source, int32_t* target, int64_
   keep_plain<Float32>(bits + i / kWordBits, source + i, target + i, count - i);
 }
 
+void copy32(const uint32_t* bits, const int32_t* source, int32_t* target, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWordBits <= count; i += kWordBits) {
+    const uint32_t word = bits[i / kWordBits];
+    for (int half = 0; half < kWordBits; half += 16) {
+      const __mmask16 mask = static_cast<__mmask16>(word >> half);
+      const __m512i own = _mm512_loadu_si512(target + i + half);  // no masked store, see nm_avx512
+      _mm512_storeu_si512(target + i + half, _mm512_mask_loadu_epi32(own, mask, source + i + half));
+    }
+  }
+  copy_plain<Float32>(bits + i / kWordBits, source + i, target + i, count - i);
+}
+
 // Both 16-bit formats: bits are moved, never read.
 void keep16(const uint32_t* bits, const int16_t* source, int16_t* target, int64_t count) {
   int64_t i = 0;
@@ -323,8 +336,10 @@ void keep_float16(const uint32_t* bits, const int32_t* source, int16_t* target, 
 }
 
 template <class F>
-constexpr Kernels<F> table(decltype(Kernels<F>::keep) keep) {
-  return {select_run<F>, unify_run<F>, settle<F>, nm_run<F>, score_run<F>, sum_block<F>, keep};
+constexpr Kernels<F> table(decltype(Kernels<F>::keep) keep,
+                           decltype(Kernels<F>::copy) copy = copy_plain<F>) {
+  return {select_run<F>, unify_run<F>, settle<F>, nm_run<F>,
+          score_run<F>,  sum_block<F>, keep,      copy};
 }
 
 }  // namespace
@@ -332,7 +347,7 @@ constexpr Kernels<F> table(decltype(Kernels<F>::keep) keep) {
 
 const KernelTable& avx512_kernels() {
   using namespace avx512;
-  static const KernelTable all{table<Float32>(keep32), table<BFloat16>(keep16),
+  static const KernelTable all{table<Float32>(keep32, copy32), table<BFloat16>(keep16),
                                table<Float16>(keep16), table<Float64>(keep_plain<Float64>),
                                {keep_bfloat16, keep_float16}, count_words};
   return all;

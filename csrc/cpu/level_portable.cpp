@@ -38,7 +38,7 @@ struct Block : PlainBlock<F> {
 template <class F>
 constexpr Kernels<F> table() {
   return {select_run<F>, unify_run<F>, settle<F>,    nm_run<F>,
-          score_run<F>,  sum_block<F>, keep_plain<F>};
+          score_run<F>,  sum_block<F>, keep_plain<F>, copy_plain<F>};
 }
 
 }  // namespace

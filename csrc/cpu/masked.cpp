@@ -1,4 +1,5 @@
-// Masked weights on the CPU: where(mask, w, 0), cast on the way, for one weight or a list.
+// Masked weights on the CPU: where(mask, w, 0), cast on the way, for one weight or a list; and
+// where(mask, source, w) in place.
 #include "lists.h"
 
 namespace sparse_cocktail {
@@ -83,14 +84,59 @@ void masked_weights_into(Tensors weights, Tensors bits, Tensors results) {
   });
 }
 
+template <class F>
+void copy_all(const char* op, const Tensors& weights, const Tensors& sources, const Tensors& bits) {
+  using Raw = typename F::Raw;
+  auto parts = parts_of<F>(op, weights);
+  const auto words = words_of_list(op, "bits", parts, bits);
+  std::vector<const Raw*> from;
+  for (size_t i = 0; i < parts.size(); ++i) {
+    STD_TORCH_CHECK(sources[i].strides().equals(weights[i].strides()) &&
+                        sources[i].sizes().equals(weights[i].sizes()) &&
+                        sources[i].scalar_type() == weights[i].scalar_type(), op, ": sources[", i,
+                    "] has dtype ", torch::headeronly::toString(sources[i].scalar_type()),
+                    ", shape ", to_string(sources[i].sizes()), " and strides ",
+                    to_string(sources[i].strides()), ", but its weight has ",
+                    torch::headeronly::toString(weights[i].scalar_type()), ", ",
+                    to_string(weights[i].sizes()), " and ", to_string(weights[i].strides()),
+                    "; copy it into torch.empty_like of the weight");
+    parts[i].within = words[i], parts[i].index = i;
+    from.push_back(static_cast<const Raw*>(sources[i].const_data_ptr()));
+  }
+  const Sequence<F> sequence(std::move(parts));
+  for_each_slot(sequence.slots(), [&](int64_t slot) {
+    sequence.walk(slot, false, [&](const Part<F>& part, int64_t, const Run& run) {
+      auto* target = static_cast<Raw*>(const_cast<void*>(run.data));
+      const Raw* source = from[part.index] + (target - part.data);
+      if (run.stride == 1) return kernels().of(F{}).copy(run.within, source, target, run.count);
+      for (int64_t i = 0; i < run.count; ++i) {
+        const Raw set = -static_cast<Raw>(run.within[i / kWordBits] >> i % kWordBits & 1);
+        Raw& own = target[i * run.stride];
+        own ^= (source[i * run.stride] ^ own) & set;
+      }
+    });
+  });
+}
+
+void masked_copy_into(Tensors weights, Tensors sources, Tensors bits) {
+  const char* op = "masked_copy_";
+  STD_TORCH_CHECK(sources.size() == weights.size(), op, ": sources has ", sources.size(),
+                  " entries for ", weights.size(), " weights; pass one per weight");
+  dispatch_list(op, weights, [&](auto format) {
+    copy_all<decltype(format)>(op, weights, sources, bits);
+  });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_cocktail_cpp, m) {
   m.def("masked_weights_into(Tensor[] weights, Tensor[] bits, Tensor(a!)[] results) -> ()");
+  m.def("masked_copy_into(Tensor(a!)[] weights, Tensor[] sources, Tensor[] bits) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cocktail_cpp, CPU, m) {
   m.impl("masked_weights_into", TORCH_BOX(&masked_weights_into));
+  m.impl("masked_copy_into", TORCH_BOX(&masked_copy_into));
 }
 
 }  // namespace sparse_cocktail

@@ -94,6 +94,9 @@ struct Kernels {
   // target[i] = bit i ? source[i] : 0, for neighbours; count need not be a multiple of 32.
   void (*keep)(const uint32_t* bits, const typename F::Raw* source, typename F::Raw* target,
                int64_t count);
+  // The same over what the target holds, whose elements stay where bits are not set.
+  void (*copy)(const uint32_t* bits, const typename F::Raw* source, typename F::Raw* target,
+               int64_t count);
 };
 
 // fp32 masters to 16 bits, rounded to nearest even.

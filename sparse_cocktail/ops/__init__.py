@@ -10,7 +10,7 @@ from .dispatch import (
     extension_path,
     implementations,
 )
-from .masked import live_rows, masked_weight, masked_weight_, masked_weights
+from .masked import live_rows, masked_copy_, masked_weight, masked_weight_, masked_weights
 from .masked_conv import masked_conv2d
 from .masked_linear import autocast_dtype, masked_linear
 from .masks import (
@@ -52,6 +52,7 @@ __all__ = [
     "mask_count",
     "mask_or",
     "masked_conv2d",
+    "masked_copy_",
     "masked_linear",
     "masked_weight",
     "masked_weight_",

@@ -181,6 +181,13 @@ def _device(arguments: tuple) -> torch.device:
     return torch.device("cpu")
 
 
+def _listed(argument: Tensor | Sequence[Tensor] | None) -> Sequence[Tensor]:
+    """The tensors of an argument."""
+    if argument is None:
+        return ()
+    return (argument,) if isinstance(argument, Tensor) else argument
+
+
 def define(
     schema: str,
     *,
@@ -223,8 +230,9 @@ def define(
             raise
         result = table[chosen(op, _device(args))](*args)
         for index in written:  # kernels write memory behind autograd's back
-            if args[index] is not None and not args[index].is_inference():
-                torch.autograd.graph.increment_version(args[index])
+            for tensor in _listed(args[index]):
+                if not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
         return result
 
     def checked_fake(*args):

@@ -1,4 +1,4 @@
-"""Masked weights: where(mask, w, 0), of one weight or a list, and in place."""
+"""Masked weights: where(mask, w, 0), of one weight or a list, and in place; masked copies."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .checks import (
 from .dispatch import define, eager, gradient, inside, lazy_triton, undispatched
 from .masks import packed, strided
 
-__all__ = ["live_rows", "masked_weight", "masked_weight_", "masked_weights"]
+__all__ = ["live_rows", "masked_copy_", "masked_weight", "masked_weight_", "masked_weights"]
 
 _cpp = torch.ops.sparse_cocktail_cpp
 
@@ -221,6 +221,59 @@ def masked_weights(
     if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
         return list(_EagerWeights.apply(bits, dtype, dense_grad, *weights))
     return _weights_kernel(weights, bits, dtype, dense_grad)
+
+
+def _check_masked_copy(weights, sources, bits) -> None:
+    check_weights("masked_copy_", weights)
+    check_same_length("masked_copy_", weights, sources, "sources")
+    check_same_length("masked_copy_", weights, bits, "bits")
+    for index, (weight, source, words) in enumerate(zip(weights, sources, bits, strict=True)):
+        name = f"sources[{index}]"
+        if source.shape != weight.shape or source.dtype != weight.dtype:
+            raise ValueError(
+                f"masked_copy_: {name} has shape {tuple(source.shape)} and dtype {source.dtype}, "
+                f"but weights[{index}] {tuple(weight.shape)} and {weight.dtype}; give one like it"
+            )
+        check_device("masked_copy_", source, weight, name)
+        check_bits("masked_copy_", words, bits_shape(weight.shape), f"bits[{index}]")
+        check_device("masked_copy_", words, weight, f"bits[{index}]")
+
+
+def _masked_copy_reference(weights, sources, bits) -> None:
+    for weight, source, words in zip(weights, sources, bits, strict=True):
+        reference.masked_copy_(weight, source, words)
+
+
+def _masked_copy_cpp(weights, sources, bits) -> None:
+    triples = list(zip(weights, sources, packed(bits), strict=True))
+    for weight, source, words in triples:
+        if not maskable(weight, source):  # such as a slice with gaps
+            reference.masked_copy_(weight, source, words)
+    if alike := [triple for triple in triples if maskable(*triple[:2])]:
+        _cpp.masked_copy_into(*map(list, zip(*alike, strict=True)))
+
+
+_copy = define(
+    "masked_copy_(Tensor(a!)[] weights, Tensor[] sources, Tensor[] bits) -> ()",
+    reference=_masked_copy_reference,
+    cpp=_masked_copy_cpp,
+    fake=lambda weights, sources, bits: None,
+    check=_check_masked_copy,
+)
+
+
+def masked_copy_(
+    weights: Sequence[Tensor], sources: Sequence[Tensor], bits: Sequence[Tensor]
+) -> None:
+    """weights[i] = where(mask, sources[i], weights[i]) in place, for values that need no gradient.
+
+    Args:
+        weights: of one dtype.
+        sources: like the weights.
+        bits: int32 (out, taps, ceil(in / 32)), per weight.
+    """
+    names = ("weights", weights), ("sources", sources), ("bits", bits)
+    _copy(*(as_list("masked_copy_", name, tensors) for name, tensors in names))
 
 
 def live_rows(bits: Tensor) -> Tensor:
