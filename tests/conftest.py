@@ -16,7 +16,11 @@ from sparse_cocktail import ops
 
 # Without a GPU, Triton kernels are interpreted on CPU tensors. They read this when they are first
 # imported, which the first Triton op does.
-if not torch.cuda.is_available():
+if torch.cuda.is_available():
+    # fp32 is compared as fp32: cuDNN would round operands of convolutions to TF32, its default, in
+    # some of two equal layers and not in the other
+    torch.backends.cudnn.allow_tf32 = False
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
