@@ -135,6 +135,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     combinations: dict[str, dict[str, int]] = {}
     dropped = []
     for item in items:
+        if "kernels" in item.fixturenames:  # reports of what a compiler made, see triton_compiling
+            item.add_marker("compiler")
         case = getattr(item, "callspec", None)
         dtype = case and case.params.get("dtype")
         if dtype is None or not _interpreted(case.params.get("backend")):

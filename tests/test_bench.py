@@ -465,4 +465,6 @@ def test_the_steps_of_make_gpu(tmp_path, capsys):
     assert set(commands) == set(gpu.LIMITS["proof"]) - {"build", "tests"}
     assert all("tests/test_gpu_nm.py" in commands[tool] for tool in ("memcheck", "racecheck"))
     assert "tests/test_masks.py" in gpu.tests("smoke") and "tests/test_bank.py" in gpu.tests("full")
+    command = gpu.pytest_command("full")  # what compilers make of kernels needs no card
+    assert "not compiler" in command and not [test for test in command if "on_host" in test]
     capsys.readouterr()

@@ -20,7 +20,9 @@ SIZE = 1_000_003 if ON_GPU else 9001  # more than a sample
 
 
 @pytest.fixture(scope="module", autouse=True)
-def soft(device_of, compilers):  # the compilers run beside the tests
+def soft(device_of, request):
+    if not ON_GPU:  # the compilers run beside the tests
+        request.getfixturevalue("compilers")
     device_of("triton")  # quickens the interpreter
     from sparse_cocktail.ops import triton_soft_topk
 
