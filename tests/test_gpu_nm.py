@@ -6,6 +6,7 @@ compute-sanitizer too.
 """
 
 import faulthandler
+import functools
 
 import pytest
 import torch
@@ -28,6 +29,10 @@ each_kernel = pytest.mark.parametrize("name", PLANS)
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+
+# A product is made on the CPU, for a second: every plan of a kernel takes the same one.
+product_of = functools.cache(Product)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +83,7 @@ def rows_for(name, rows):
 def test_exact_for_integers(name, plan, shape):
     out, rows, inputs = shape
     for dtype in DTYPES:
-        product = Product(out, rows_for(name, rows), inputs, dtype, integers=True)
+        product = product_of(out, rows_for(name, rows), inputs, dtype, integers=True)
         assert torch.equal(run(name, plan, product), product.exact().to(dtype)), dtype
 
 
@@ -88,7 +93,7 @@ def test_as_accurate_as_torch(name, plan, activation):
     for dtype in DTYPES:
         bias = {"none": None, "relu": dtype, "gelu": torch.float32}[activation]
         rows = rows_for(name, 339)
-        product = Product(1096, rows, 2056, dtype, bias=bias, activation=activation)
+        product = product_of(1096, rows, 2056, dtype, bias=bias, activation=activation)
         y = run(name, plan, product)
         product.check(y)
         assert torch.equal(y, run(name, plan, product)), "not the same bits again"
