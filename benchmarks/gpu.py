@@ -88,7 +88,8 @@ def run(name: str, command: Sequence[str], limit: float, log: Path | None = None
     """One command in the checkout, its output shown and kept; 124 when it ran past its limit."""
     print(f"== {name}", flush=True)
     started = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    places = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": places, "PYTHONUNBUFFERED": "1"}
     if command[0].endswith("compute-sanitizer"):
         environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # what lies beside a tensor is nobody's
     try:
