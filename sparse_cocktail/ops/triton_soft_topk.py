@@ -46,8 +46,9 @@ def put(numbers: list[int], device: torch.device) -> Tensor:
     many = -(-len(numbers) // 32) * 32
     table = torch.empty(many, dtype=torch.int64, device=device)
     numbers = numbers + [0] * (many - len(numbers))
-    for first in range(0, many, 32):
-        soft_tiles.put[(1,)](table[first:], *numbers[first : first + 32])
+    with launch.on_device(device):
+        for first in range(0, many, 32):
+            soft_tiles.put[(1,)](table[first:], *numbers[first : first + 32])
     return table
 
 
