@@ -20,6 +20,7 @@ if torch.cuda.is_available():
     # fp32 is compared as fp32: cuDNN would round operands of convolutions to TF32, its default, in
     # some of two equal layers and not in the other
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True  # two equal gradients are compared bit by bit
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
