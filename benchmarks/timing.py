@@ -151,11 +151,13 @@ class CudaRunner:
         torch.cuda.synchronize()
         inputs.next()  # captured over other values than the gate will see
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = torch.cuda.graph_pool_handle()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 out = call()
         except Exception:  # a failed capture leaves its own stream current
             torch.cuda.set_stream(before)
+            _abandon(pool)
             raise
 
         def replay():
@@ -177,6 +179,17 @@ class CudaRunner:
 
     def wait(self) -> None:
         torch.cuda.synchronize()
+
+
+def _abandon(pool: tuple[int, int]) -> None:
+    """Tell the allocator that a failed capture is over. Before torch 2.12 nobody does
+    (pytorch/pytorch#180395), and from then on no memory would be given back."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:  # it knows already
+        return
+    torch._C._cuda_releasePool(device, pool)
 
 
 def runner(device: torch.device) -> CpuRunner | CudaRunner:

@@ -246,7 +246,7 @@ def test_the_order_of_calls_on_a_gpu(monkeypatch, inputs):
         return lambda *_, **__: log.append(name) or result
 
     @contextmanager
-    def graph(_):
+    def graph(_, pool):
         stream[0] = "side"  # which stays current when the capture fails, as in torch
         yield
         stream[0] = "main"
@@ -263,9 +263,14 @@ def test_the_order_of_calls_on_a_gpu(monkeypatch, inputs):
         "set_stream": lambda before: stream.__setitem__(0, before.name),
         "synchronize": named("wait"),
         "get_device_properties": lambda: SimpleNamespace(L2_cache_size=2**20),
+        "graph_pool_handle": lambda: (0, 5),
+        "current_device": lambda: 0,
     }
     for name, value in fake.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        call = lambda *given, name=name: log.append((name, *given))  # noqa: E731
+        monkeypatch.setattr(torch._C, name, call, raising=False)
     empty, flush = torch.empty, SimpleNamespace(sum=named("flush"))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", lambda *s, **k: flush if "device" in k else empty(*s, **k))
@@ -280,9 +285,12 @@ def test_the_order_of_calls_on_a_gpu(monkeypatch, inputs):
         if stream[0] == "side":
             raise RuntimeError("operation not permitted when stream is capturing")
 
+    log.clear()
     with pytest.raises(RuntimeError, match="capturing"):
         run.ready(refuse, "graph", inputs)
     assert stream == ["main"]
+    ended = [entry for entry in log if entry != "wait"]
+    assert ended == [("_cuda_endAllocateToPool", 0, (0, 5)), ("_cuda_releasePool", 0, (0, 5))]
 
 
 def test_implementations_take_turns_on_changing_weights(inputs):
