@@ -159,5 +159,8 @@ def test_wrong_arguments_are_named(name):
         kernel(x.float(), packed, meta, out, bias, 0, 0)
     with pytest.raises(RuntimeError, match=rf"{name}: packed has shape .*make it with nm_pack"):
         kernel(x, packed[:2].contiguous(), meta, out, bias, 0, 0)
+    shifted = packed.new_empty(packed.numel() + 1)[1:].view(packed.shape)
+    with pytest.raises(RuntimeError, match=rf"{name}: packed starts at .*call \.clone"):
+        kernel(x, shifted, meta, out, bias, 0, 0)
     with pytest.raises(RuntimeError, match=rf"{name}: (tile|split) is 999"):
         kernel(x, packed, meta, out, bias, 0, 999)

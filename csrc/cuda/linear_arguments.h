@@ -54,6 +54,12 @@ inline void check_operand(const char* op, const char* name, const Tensor& operan
                   to_string(operand.strides()), ", but it must be contiguous; call .contiguous()");
 }
 
+// Kernels read packed weights 16 bytes at a time, and a view may start anywhere.
+inline void check_start(const char* op, const char* name, const Tensor& operand) {
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(operand.const_data_ptr()) % 16 == 0, op, ": ", name,
+                  " starts at an address that is no multiple of 16 bytes; call .clone()");
+}
+
 inline LinearArguments check_linear_arguments(const char* op, const Tensor& x,
                                               const Tensor& packed, const Tensor& meta,
                                               int64_t out, const std::optional<Tensor>& bias,
@@ -92,6 +98,8 @@ inline LinearArguments check_linear_arguments(const char* op, const Tensor& x,
                   to_string(meta.sizes()), ", but a weight of (", out, ", ", in,
                   ") has int32 metadata (", row_blocks, ", ", column_blocks,
                   ", 32); take it from the same nm_pack");
+  check_start(op, "packed", packed);
+  check_start(op, "meta", meta);
   STD_TORCH_CHECK(activation >= kNoActivation && activation <= kGelu, op, ": activation is ",
                   activation, ", but it is 0 (none), 1 (relu) or 2 (gelu)");
   Epilogue epilogue{nullptr, 0, static_cast<int>(activation)};
