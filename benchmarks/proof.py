@@ -57,20 +57,30 @@ def _milliseconds(call: Callable) -> float:
     return round(do_bench(call, return_mode="median"), 5)
 
 
+def _first_line(error: Exception) -> str:
+    return f"{error}".partition("\n")[0][:200]
+
+
 def both_ways(shape: Sequence[int], dtype: torch.dtype, algorithm: str) -> Iterator[dict[str, Any]]:
     """A row per direction and way: its error, whether it is right, and its time."""
     out, inputs, columns = shape
     torch.manual_seed(0)
     weight = torch.randn(out, inputs, device="cuda").to(dtype)
-    tile = Semi.prune_dense_static_sort(weight, algorithm)
-    kept = torch._sparse_semi_structured_apply_dense(weight, tile.compressed_swizzled_bitmask)
     facts = {
         "case": f"{out} x {inputs}, {columns} columns of x",
         "dtype": str(dtype).removeprefix("torch."),
         "algorithm": algorithm or "default",
-        "kept": round(float(kept.ne(0).float().mean()), 4),
-        "two_of_four": two_of_four(kept) and two_of_four(kept.t()),
     }
+    unknown = {"error": None, "ms": None}
+    try:
+        tile = Semi.prune_dense_static_sort(weight, algorithm)
+        kept = torch._sparse_semi_structured_apply_dense(weight, tile.compressed_swizzled_bitmask)
+    except RuntimeError as error:  # of a card that it does not know
+        row = {"impl": "torch/both-ways tile", "direction": "pruning", **facts, **unknown}
+        yield {**row, "note": _first_line(error), "right": False}
+        return
+    facts["kept"] = round(float(kept.ne(0).float().mean()), 4)
+    facts["two_of_four"] = two_of_four(kept) and two_of_four(kept.t())
     for direction, dense, packed in (("W x", kept, tile), ("W^T x", kept.t(), tile.t())):
         x = torch.randn(dense.shape[1], columns, device="cuda").to(dtype)
         whole = dense.contiguous()
@@ -81,12 +91,12 @@ def both_ways(shape: Sequence[int], dtype: torch.dtype, algorithm: str) -> Itera
             "torch/cuSPARSELt's own compression": lambda: torch.mm(own, x),  # noqa: B023
         }
         for name, call in ways.items():
-            row = {"impl": name, "direction": direction, **facts, "error": None, "ms": None}
+            row = {"impl": name, "direction": direction, **facts, **unknown}
             try:
                 row["error"] = judged(call(), whole, x)
                 row["ms"] = _milliseconds(call)
             except RuntimeError as error:
-                row["note"] = str(error).splitlines()[0][:200]
+                row["note"] = _first_line(error)
             yield {**row, "right": row["error"] is not None and row["error"] <= BOUND}
 
 
