@@ -158,6 +158,18 @@ def test_measured_counts_drift_as_those_of_the_public_code():
     assert left == int(cocktail.bank.numel * 0.8) - 1
 
 
+@pytest.mark.parametrize("counts", ["exact", "measured"])
+def test_channels_of_the_output_layer_all_stay(counts):
+    cocktail, method = Cocktail(convert(model())), SparseCocktail()
+    options = CocktailOptions(counts=counts, prune_channel=0.5, nm={}, stages=2)
+    ctx = SimpleNamespace(options=options, cocktail=cocktail)
+    (head,) = cocktail.outputs
+    for k in (1, 2):
+        method._make_masks(ctx, k)
+        live = cocktail.subnets[str(options.patterns(k)[1])].live
+        assert live[head].all() and not any(alive.all() for alive in live[:head])
+
+
 def test_without_umg_channels_go_by_their_own_weights(tmp_path):
     ctx, _ = first_stage(tmp_path, umg=False, prune_channel=0.4, prune_unstructured=0.9)
     live = ctx.cocktail.subnets["channel-0.4000"].live
@@ -274,6 +286,19 @@ def test_consolidation_options_reach_its_steps(tmp_path):
     pivot, *others = method.step(ctx)
     assert [p.weight for p in others] == [0.25] * 3
     assert ctx.stages[-1].lr(0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("how", ["uniform", "pattern", "sparsest"])
+def test_how_subnets_are_drawn_reaches_the_steps(tmp_path, how):
+    ctx, method = first_stage(tmp_path, consolidate_draw=how, consolidate_subnets=3, nm={"1:2": 1})
+    ctx.stage, others = 2, {"uniform", "pattern", "sparsest"} - {how}
+    method._make_masks(ctx, 2)
+    ctx.stage, made = 3, []
+    for ctx.step in range(20):
+        made.append([each.subnet for each in method.step(ctx)[1:]])
+        assert made[-1] == draw_subnets(ctx, 3, how)
+    for other in others:
+        assert made != [draw_subnets(ctx, 3, other) for ctx.step in range(20)]
 
 
 # ---- presets -------------------------------------------------------------------------------------

@@ -6,12 +6,14 @@ does the first for some methods. Runs are those of one process that forks, so th
 start once; nothing is computed before a fork.
 """
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import processes
 import pytest
@@ -20,10 +22,11 @@ from test_engine import MODEL, toy
 
 from sparse_cocktail.cocktail import Cocktail
 from sparse_cocktail.config import split_fields
+from sparse_cocktail.data import generator_for
 from sparse_cocktail.distributed import process_group
 from sparse_cocktail.engine import train
 from sparse_cocktail.files import read_tensors
-from sparse_cocktail.methods import METHODS
+from sparse_cocktail.methods import METHODS, Context
 from sparse_cocktail.stepping import Stepper
 
 # Two ratios, or what comes closest, in runs of a second.
@@ -197,3 +200,17 @@ def test_masks_are_identical_on_every_rank(on_ranks, method):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+
+
+def test_draws_have_a_generator_of_their_own_at_every_position():
+    def seeds(make) -> set[int]:
+        places = itertools.product(range(2), range(3), range(9))
+        return {make(*place).initial_seed() for place in places}
+
+    def of_method(seed: int, stage: int, step: int) -> torch.Generator:
+        config = SimpleNamespace(seed=seed)
+        return Context.generator(SimpleNamespace(config=config, stage=stage, step=step))
+
+    drawn, orders = seeds(of_method), seeds(generator_for)  # of (seed, stage, epoch)
+    assert len(drawn) == 2 * 3 * 9 and drawn == seeds(of_method)
+    assert drawn.isdisjoint(orders)
