@@ -311,6 +311,24 @@ def test_regrowth_uses_dense_gradients_and_pruned_weights_stay_put(watched):
     assert grown > 0
 
 
+def test_the_replaced_share_is_a_cosine_from_the_ramps_start_to_the_last_update(tmp_path):
+    drops = {}
+
+    class Noted(AST):
+        def _update(self, ctx, index, gradients=None, drop=0.0):
+            drops[ctx.step] = drop
+            super()._update(ctx, index, gradients, drop)
+
+    fields = {"ramp_start": 0.25, "ramp_end": 0.5, "update_every": 0.1, "drop": 0.4}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "ast", Noted)
+        prepared(tmp_path, **fields, drop_end=0.1).run()
+    start, stop = 7, round(0.8 * 2 * STEPS)
+    assert len(drops) > 6 and min(drops) >= start and max(drops) < stop
+    for step, drop in drops.items():
+        assert drop == pytest.approx(cosine(0.4, 0.1, (step - start) / (stop - start)))
+
+
 def test_by_an_infinite_gradient_nothing_regrows(watched, monkeypatch):
     """As in the steps that the scaler of fp16 leaves out; densities go on as they should."""
     original = Stepper.step

@@ -15,6 +15,7 @@ from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS, dynamic
 from sparse_cocktail.methods.dynamic_options import Timetable
+from sparse_cocktail.methods.gradual import _with_density
 from sparse_cocktail.patterns import parse
 from sparse_cocktail.schedules import keep_count
 from sparse_cocktail.selection import magnitude_masks
@@ -252,14 +253,31 @@ def test_an_infinite_gradient_chooses_no_weights(method, monkeypatch, tmp_path):
 
 def test_set_grows_anywhere_and_repeats_by_seed(runs, tmp_path):
     made = []
-    for steps, _ in (runs("set"), recorded("set", tmp_path), runs("set", seed=2)):
+    for steps, changes in (runs("set"), recorded("set", tmp_path), runs("set", seed=2)):
         made.append([s["masks"] for s in steps])
+        for seen, _ in changes:
+            pairs = zip(seen["gradients"], seen["masks"], strict=True)
+            assert not any(g[~m].any() for g, m in pairs)  # at changes no more than else
         for seen in steps:
             pruned = [g[~m] for g, m in zip(seen["gradients"], seen["masks"], strict=True)]
             if seen["step"] not in range(1, 10):
                 assert not any(g.any() for g in pruned)  # no dense gradient is made
     assert all(_equal(a, b) for a, b in zip(made[0], made[1], strict=True))
     assert not any(_equal(a, c) for a, c in zip(made[0], made[2], strict=True))
+
+
+@pytest.mark.parametrize("method", ["set", "rigl", "granet"])
+def test_every_network_draws_its_first_masks_anew(method, tmp_path):
+    fields = {"patterns": "unstructured-0.5,unstructured-0.7", "start_density": 0.5}
+    if method != "granet":
+        del fields["start_density"]
+    trainer, drawn = prepared(method, tmp_path, **fields, allocation="uniform"), []
+    for trainer.ctx.stage, name in enumerate(("unstructured-0.5000", NAME)):
+        trainer.method.before_stage(trainer.ctx)
+        bits = zip(trainer.ctx.cocktail.masks(name), shapes(), strict=True)
+        drawn.append(torch.cat([ops.unpack_mask(b, shape).flatten() for b, shape in bits]))
+    shared = float((drawn[0] & drawn[1]).sum() / drawn[1].sum())
+    assert shared == pytest.approx(0.5, abs=0.05)  # what the first network keeps by chance
 
 
 def test_drop_share_is_a_cosine_to_the_last_change(tmp_path):
@@ -270,6 +288,18 @@ def test_drop_share_is_a_cosine_to_the_last_change(tmp_path):
         trainer.ctx.step = step
         share = 0.1 + 0.3 * 0.5 * (1 + math.cos(math.pi * step / 6))
         assert trainer.method.drop(trainer.ctx) == pytest.approx(share)
+
+
+def test_the_last_change_ends_the_cosine_and_the_ramp(tmp_path):
+    """Where lengths are no multiples of the time between changes, too."""
+    fields = {"update_every": 3 / 12, "update_until": 8 / 12, "ramp_end": 5 / 12}
+    trainer = prepared("granet", tmp_path, **fields, drop=0.4, drop_end=0.1, start_density=0.6)
+    ctx, method = trainer.ctx, trainer.method
+    assert [step for step in range(12) if method.timetable.due(step)] == [3, 6]
+    for ctx.step, drop, left in ((0, 0.4, 1.0), (3, 0.25, 0.0), (6, 0.1, 0.0)):
+        assert method.drop(ctx) == pytest.approx(drop)
+        density = method.density(ctx, parse(NAME), ctx.step)
+        assert density == pytest.approx(DENSITY + (0.6 - DENSITY) * left)
 
 
 # ---- schedules -----------------------------------------------------------------------------------
@@ -312,6 +342,15 @@ def test_gradual_pruning_only_takes_away(pattern, runs):
         for seen in steps:
             now = density + (1 - density) * (1 - min(max((seen["step"] - 3) / 6, 0), 1)) ** 3
             assert sum(counts(seen["masks"])) == keep_count(now, NUMEL)
+
+
+@pytest.mark.parametrize(
+    ("density", "now"),
+    [(1.0, "dense"), (0.751, "dense"), (0.75, "3:4"), (0.51, "3:4"), (0.5 + 1e-12, "2:4")]
+    + [(0.26, "2:4"), (0.25, "1:4"), (0.1, "1:4")],
+)
+def test_nm_patterns_fall_by_the_next_higher_number(density, now):
+    assert str(_with_density(parse("1:4"), density)) == now
 
 
 @pytest.mark.parametrize(
@@ -393,6 +432,11 @@ def test_resume_is_bit_exact(method, monkeypatch, tmp_path):
         ("set", {"allocation": "er"}, r"set: allocation='er' is not one of global, uniform, erk"),
         ("granet", {"start_density": 0.0}, r"granet: start_density=0.0 is not in \(0, 1\]"),
         ("gmp", {"ramp_start": -0.1}, r"gmp: ramp_start=-0.1 is not 0 or more"),
+        (
+            "gmp",
+            {"ramp_start": 8 / 12},
+            r"is step 8, but the last change .* is step 8",
+        ),
         ("gmp", {"ramp_start": 0.8}, r"gmp: ramp_start=0.8 is step 10, but the last change up to"),
         ("rigl", {"epochs": 1, "batch_size": 224}, r"rigl: a network trains for 1 steps"),
     ],

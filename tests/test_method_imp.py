@@ -9,7 +9,7 @@ from test_engine import MODEL, Stop, crash_before, same, toy
 from test_methods import left
 
 from sparse_cocktail import Cocktail, ops
-from sparse_cocktail.averaging import ALPHAS, greedy_pool
+from sparse_cocktail.averaging import ALPHAS, greedy_pool, interpolate
 from sparse_cocktail.data import Data, Split
 from sparse_cocktail.engine import train
 from sparse_cocktail.files import read_tensors
@@ -26,7 +26,7 @@ FIELDS = {"threads": 1, "recalibrate_samples": 64, "epochs": 2, "stages": 3, **M
 FIELDS |= {"prune_unstructured": 0.49, "lr": 0.2}
 LEFT = 0.51
 TICKETS = [f"unstructured-{1 - LEFT**k:.4f}" for k in (1, 2, 3)]
-POOLS = {**FIELDS, "method": "lottery-pools", "neighbours": 2, "search_samples": 64}
+POOLS = {**FIELDS, "method": "lottery-pools", "neighbours": 2, "search_samples": 32}
 
 
 def hard() -> Data:
@@ -237,7 +237,7 @@ def test_a_ticket_never_gets_worse_on_the_holdout(pools):
     """The chosen average's score, measured again from its file with what the search calibrates."""
     folder, results, _ = pools
     data, averages = hard(), results["method_state"]["averages"]
-    (batch,) = data.calibration(64, 256)
+    (batch,) = data.calibration(32, 256)
     moved = 0
     for number, name in enumerate(["dense", *TICKETS]):
         choices = averages[name]
@@ -256,6 +256,53 @@ def test_a_ticket_never_gets_worse_on_the_holdout(pools):
         assert 100 * float(right.float().mean()) == pytest.approx(choices[-1]["score"])
         assert choices[-1]["score"] >= dict(map(tuple, choices[0]["tried"]))[1.0]
     assert moved > 3  # the search had something to find
+
+
+@pytest.mark.parametrize("name", TICKETS[1:])
+def test_every_score_of_the_search_is_that_of_the_pruned_mix(pools, name):
+    """Each with masks of its own, and statistics from the search's samples."""
+    folder, results, _ = pools
+    data, averages = hard(), results["method_state"]["averages"]
+    cocktail = Cocktail.load(folder / f"networks/average-{name}.safetensors")
+    layers, (batch,) = [f"{layer}.weight" for layer in cocktail.layers], data.calibration(32, 256)
+    keep = keep_count(LEFT ** (1 + TICKETS.index(name)), cocktail.bank.numel)
+    best = weights_of(folder, name)
+    for choice in averages[name]:
+        other, present = weights_of(folder, ["dense", *TICKETS][choice["stage"]]), best
+        for alpha, score in choice["tried"]:
+            mix = interpolate(present, other, alpha)
+            bits = ops.topk_masks([mix[n] for n in layers], keep)
+            mix |= {n: ops.masked_weight(mix[n], b) for n, b in zip(layers, bits, strict=True)}
+            cocktail.activate("dense")
+            cocktail.model.load_state_dict(mix)
+            cocktail.set_masks(name, bits)
+            with cocktail.using(name):
+                recalibrate(cocktail.model, [batch])
+                right = cocktail.model.eval()(data.holdout.inputs).argmax(1) == data.holdout.targets
+            assert score == pytest.approx(100 * float(right.float().mean()))
+            best = mix if alpha == choice["alpha"] else best
+    assert all(torch.equal(best[n], weights_of(folder, f"average-{name}")[n]) for n in layers)
+
+
+def test_the_search_leaves_the_tickets_their_masks(tmp_path):
+    found = {}
+
+    class Noted(LotteryPools):
+        def finish(self, ctx):
+            for name in TICKETS:
+                found[name] = [bits.clone() for bits in ctx.cocktail.masks(name)]
+            return super().finish(ctx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(METHODS, "lottery-pools", Noted)
+        train("resnet8", hard(), tmp_path, **POOLS)
+    differ = 0
+    for name, masks in found.items():
+        ticket, average = (weights_of(tmp_path, f"{kind}{name}") for kind in ("", "average-"))
+        layers = [f"{layer}.weight" for layer in masks_of(tmp_path, name, f"average-{name}")]
+        assert all(map(torch.equal, masks, [ops.pack_mask(ticket[n] != 0) for n in layers]))
+        differ += any(((average[n] != 0) != (ticket[n] != 0)).any() for n in layers)
+    assert differ
 
 
 def test_averages_have_their_tickets_counts_and_masks_of_their_own(pools):

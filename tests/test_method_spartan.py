@@ -484,6 +484,38 @@ def test_parts_of_a_batch_share_their_masks(tmp_path, monkeypatch):
 # ---- options -------------------------------------------------------------------------------------
 
 
+def test_options_reach_the_masks(tmp_path):
+    """Sharpness grows with the root of a block's size."""
+    fields = {"patterns": "unstructured-0.8,block-4x4-0.5", "sharpness": 7.0}
+    fields |= {"allocation": "uniform", "normalise": "rms"}
+    made = planned(tmp_path, **fields).method._masks
+    for name, root in (("unstructured-0.8000", 1.0), ("block-4x4-0.5000", 4.0)):
+        budgets = made[name].budgets
+        assert made[name].normalise and [budget.members for budget in budgets] == [
+            [i] for i in range(8)
+        ]
+        assert {made[name].beta(budget, 1.0) for budget in budgets} == {7.0 * root}
+
+
+@pytest.mark.parametrize("pattern", ["unstructured-0.8", "channel-0.5"])
+def test_soft_values_are_multiplied_into_the_weights_in_the_end(tmp_path, monkeypatch, pattern):
+    class Ended(Spartan):
+        def after_epoch(self, ctx):
+            _, _, weights = self._present(ctx)
+            before, kept = [w.detach().clone() for w in weights], dict(self.state.kept)
+            super().after_epoch(ctx)
+            if ctx.epoch + 1 < 5:
+                assert all(map(torch.equal, weights, before))
+                return
+            assert sorted(kept) == list(range(8)) and any((m < 0.999).any() for m in kept.values())
+            for i, soft in kept.items():
+                spread_out = soft if soft.shape == before[i].shape else soft.view(-1, 1, 1, 1)
+                torch.testing.assert_close(weights[i].detach(), before[i] * spread_out)
+
+    monkeypatch.setitem(METHODS, "spartan", Ended)
+    planned(tmp_path, patterns=pattern).run()
+
+
 def test_costs_of_layers_and_of_the_whole_network(tmp_path):
     fields = {"patterns": "unstructured-0.8", "cost_model": "flops"}
     trainer = planned(tmp_path / "flops", **fields)

@@ -18,15 +18,17 @@ from types import SimpleNamespace
 import processes
 import pytest
 import torch
+from rich.console import Console
 from test_engine import MODEL, toy
 
 from sparse_cocktail.cocktail import Cocktail
 from sparse_cocktail.config import split_fields
 from sparse_cocktail.data import generator_for
 from sparse_cocktail.distributed import process_group
-from sparse_cocktail.engine import train
+from sparse_cocktail.engine import Trainer, train
 from sparse_cocktail.files import read_tensors
 from sparse_cocktail.methods import METHODS, Context
+from sparse_cocktail.schedules import cosine
 from sparse_cocktail.stepping import Stepper
 
 # Two ratios, or what comes closest, in runs of a second.
@@ -200,6 +202,40 @@ def test_masks_are_identical_on_every_rank(on_ranks, method):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])
+
+
+CHANNELS = {
+    **dict.fromkeys(("ast", "mutualnet", "spartan", "acdc", "gmp"), {"ladder": "channel"}),
+    "sup-tickets": {"ladder": "channel", "base": "gmp"},
+    "cocktail": {"interpolation": False, "consolidate": 0},
+    "refilling": {},
+}
+
+
+@pytest.mark.parametrize("method", CHANNELS)
+def test_channels_of_the_output_layer_are_never_pruned(tmp_path, method):
+    fields = {**fields_of(method), **CHANNELS[method], "mask_linear": True, "stages": 1}
+    results = train("resnet8", toy(), tmp_path, **{**fields, "batch_size": 56})
+    (row,) = (row for row in results["subnets"] if row["name"].startswith("channel"))
+    cocktail = Cocktail.load(tmp_path / (row["weights"] or "cocktail.safetensors"))
+    assert list(cocktail.layers)[-1] == "fc"
+    *others, head = cocktail.subnets[row["name"]].live
+    assert head.all() and len(head) == 3 and not all(live.all() for live in others)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "cocktail"])
+def test_the_learning_rate_falls_over_a_whole_stage(tmp_path, method):
+    own = {"acdc": {"finetune": 0.5}, "sup-tickets": {"cyclic_share": 0.0}}.get(method, {})
+    fields = {**fields_of(method), "epochs": 4, "lr": 0.2, "lr_schedule": "cosine", **own}
+    trainer = Trainer(*split_fields(fields), tmp_path, Console(quiet=True))
+    trainer.prepare("resnet8", toy(), resume=False, overwrite=False)
+    lengths = set()
+    for stage in trainer.ctx.stages:
+        steps = stage.epochs * STEPS
+        rates = [cosine(0.2, 0.001, step / steps) for step in range(steps)]
+        assert [stage.lr(step) for step in range(steps)] == rates
+        lengths.add(stage.epochs)
+    assert lengths == ({4, 2} if method == "acdc" else {4})
 
 
 def test_draws_have_a_generator_of_their_own_at_every_position():
