@@ -48,6 +48,24 @@ def test_cifar10_is_read_in_the_official_order(cifar10, above):
     wanted = (pixels - mean[:, None, None]) / std[:, None, None]
     inputs = torch.cat([data.train.inputs, data.holdout.inputs])
     torch.testing.assert_close(inputs.double(), wanted, atol=1e-5, rtol=1e-5)
+    assert data.augment.fill == pytest.approx((-mean / std).tolist())  # black
+    tested = np.fromfile(folder / "test_batch.bin", dtype=np.uint8).reshape(-1, 3073)
+    assert data.test.targets.tolist() == tested[:, 0].tolist()
+    pixels = torch.from_numpy(tested[:, 1:].astype(np.float64) / 255).view(-1, 3, 32, 32)
+    wanted = (pixels - mean[:, None, None]) / std[:, None, None]  # by the training part's
+    torch.testing.assert_close(data.test.inputs.double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_channels_of_one_value_stay_finite(tmp_path):
+    write_cifar10(tmp_path, 4)
+    for path in tmp_path.iterdir():
+        records = np.fromfile(path, dtype=np.uint8).reshape(-1, 3073)
+        records[:, 1:1025] = 7  # red
+        records.tofile(path)
+    data = data_sets.load("cifar10", tmp_path)
+    for part in (data.train, data.holdout, data.test):
+        assert not part.inputs[:, 0].any() and part.inputs[:, 1:].any()
+        assert part.inputs.isfinite().all()
 
 
 def test_cifar_images_are_shifted_and_mirrored(cifar10):
@@ -75,6 +93,7 @@ def test_cifar100_takes_the_fine_label(tmp_path):
         batch[:, 0], batch[:, 1] = np.arange(40) % 20, np.arange(40) + 60
         batch.tofile(tmp_path / name)
     data = data_sets.load("cifar100", tmp_path)
+    assert data.augment.pixels == 4 and data.augment.flip
     assert data.classes == 100 and data.test.targets.tolist() == list(range(60, 100))
 
 
@@ -88,6 +107,9 @@ def damage(folder, how):
     elif how == "label":
         path = folder / "data_batch_5.bin"
         path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    elif how == "class":
+        path = folder / "test_batch.bin"
+        path.write_bytes(b"\x0a" + path.read_bytes()[1:])
     elif how == "empty":
         (folder / "test_batch.bin").write_bytes(b"")
 
@@ -98,6 +120,7 @@ def damage(folder, how):
         ("missing", FileNotFoundError, r"data_batch_3.bin is missing"),
         ("cut", ValueError, r"data_batch_2.bin has 12291 bytes.* multiple of a record's 3073"),
         ("label", ValueError, r"label 255, but there are 10 classes"),
+        ("class", ValueError, r"label 10, but there are 10 classes"),
         ("empty", ValueError, r"test_batch.bin has 0 bytes"),
     ],
 )

@@ -404,6 +404,41 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch
     assert len(run(tmp_path, checkpoint_every=2, resume=True)["subnets"]) == 6
 
 
+def test_weights_of_a_run_are_the_dense_networks_whatever_is_active(tmp_path, one_subnet):
+    one_subnet(Pass("dense"))
+    ctx = trained(tmp_path).ctx
+    ctx.cocktail.activate("dense")
+    before = {name: tensor.clone() for name, tensor in ctx.weights().items()}
+    with ctx.cocktail.using("channel-0.5000"):  # has statistics of its own
+        found, present = ctx.weights(), ctx.model.state_dict()
+        means = [name for name in before if name.endswith("running_mean")]
+        assert not all(torch.equal(present[name], before[name]) for name in means)
+        assert same(found, before)
+    assert found["fc.bias"].data_ptr() == ctx.model.fc.bias.data_ptr()  # parameters are no copies
+
+
+def test_calibration_batches_are_large_and_none_for_no_samples(tmp_path, one_subnet):
+    one_subnet(Pass("dense"))
+    ctx = trained(tmp_path, batch_size=16).ctx
+    sizes = {n: [len(batch) for batch in ctx.calibration(n)] for n in (None, 0, 1, 200)}
+    assert sizes == {None: [64], 0: [], 1: [1], 200: [200]}
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_reach_no_file(tmp_path, one_subnet, bad):
+    one_subnet(Pass("dense"))
+    ctx = trained(tmp_path).ctx
+    ctx.save_weights("good.safetensors")
+    before = read_tensors(tmp_path / "good.safetensors")[0]
+    with torch.no_grad():
+        ctx.model.fc.bias[1] = bad
+    with pytest.raises(
+        FloatingPointError, match=r"fc.bias is not finite at step 0 of stage 2; .*lower lr"
+    ):
+        ctx.save_weights("good.safetensors")
+    assert same(read_tensors(tmp_path / "good.safetensors")[0], before)
+
+
 @pytest.mark.parametrize("cut", [0, 7, 100, -1])
 def test_truncated_checkpoint(tmp_path, cut):
     path = tmp_path / "checkpoint.safetensors"

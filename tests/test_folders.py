@@ -125,6 +125,12 @@ def test_test_pictures_may_lie_in_a_folder_test(tree, tmp_path):
     assert equal(load(tmp_path / "copy").test.batches(4), load(tree).test.batches(4))
 
 
+def test_a_folder_val_comes_before_a_folder_test(tree, tmp_path):
+    root = write_tree(tmp_path / "both")
+    shutil.copytree(root / "train", root / "test")
+    assert equal(load(root).test.batches(4), load(tree).test.batches(4))
+
+
 @pytest.mark.parametrize("size", [(300, 200), (37, 90), (16, 16), (1, 5), (900, 7)])
 def test_test_pictures_are_resized_cropped_and_standardised(tmp_path, size):
     from torchvision.transforms import v2
@@ -298,7 +304,9 @@ def test_folds_part_the_training_set(tree):
     folds = [load(tree, name=f"imagenet-16@{i}/5") for i in range(5)]
     held = [numbers(fold.test.batches(50)) for fold in folds]
     assert sorted(sum(held, [])) == numbers(whole.train.batches(50))
+    learnt = numbers(whole.train.batches(50))
     for index, each in enumerate(folds):
+        assert held[index] == learnt[index::5]  # every fifth, as `data.fold` parts tensors
         assert set(numbers(each.epoch(SEED, 4))).isdisjoint(held[index])
         assert len(each.train) + len(each.test) == 46
         assert each.name == f"imagenet-16-fold{index}of5"

@@ -56,6 +56,14 @@ def test_long_phases_begin_with_epochs_and_short_ones_anywhere():
     assert [step for step, _ in short][:4] == [0, 12, 18, 24]
 
 
+def test_the_dense_networks_own_stage_is_epochs_or_a_share():
+    lengths = {0: 0, 3: 3, 0.25: 10, 0.001: 1}
+    for finetune, epochs in lengths.items():
+        options = ACDCOptions(finetune=finetune, stages=2)
+        assert options.finetune_epochs(40) == epochs
+        assert ACDC.cost(options, 40) == 2 * (40 + epochs)
+
+
 @pytest.mark.parametrize("unit", [1, 5])
 @pytest.mark.parametrize("steps", [2, 3, 4, 7, 10, 29, 100])
 def test_any_run_alternates_and_ends_dense_sparse(steps, unit):
@@ -203,7 +211,8 @@ def test_a_run_leaves_a_pair_for_every_pattern(recorded):
             network = cocktail.export(row["name"], plain=True)
             right = (network(test.inputs).argmax(1) == test.targets).float().mean()
             assert row["accuracy"] == pytest.approx(100 * float(right))
-        assert cocktail.subnets["dense"].accuracy is None  # the pair's other file has that
+        dense = cocktail.subnets["dense"]  # the pair's other file has its accuracy and statistics
+        assert dense.accuracy is None and dense.statistics is None
 
 
 def test_every_change_of_masks_is_logged(recorded):
@@ -246,6 +255,13 @@ def test_the_dense_network_can_be_trained_further(tmp_path, monkeypatch):
     stored, _ = read_tensors(tmp_path / f"pool/dense-{MENU[0]}.safetensors")
     assert torch.equal(stored["fc.weight"], lines[1, 13][1]["state"]["fc.weight"])
     kept = lines[0, 27][1]["kept"]
+    read = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    measured = [list(line["holdout"]) for line in read if line["event"] == "stage"]
+    assert measured == [[MENU[0]], ["dense"]]
+    for step in range(14):  # no phases: no new masks, nothing forgotten or made zero
+        before, after = lines[1, step]
+        assert torch.equal(before["weights"], after["weights"])
+        assert torch.equal(kept, after["kept"]) and before["all"] == after["all"] > 0
     row = next(r for r in results["subnets"] if r["name"] == MENU[0])
     assert row["nnz"] == int(kept.sum())
 

@@ -386,8 +386,12 @@ def test_nm_groups_are_exchanged_as_units():
     full = [ones(w) for w in values]
     plain = unpacked(next_masks(values, pattern, full, 0.3), values)
     moved = unpacked(next_masks(values, pattern, full, 0.3, gradients, 0.5), values)
-    for old, new, gradient in zip(plain[:2], moved[:2], gradients[:2], strict=True):
+    pairs = zip(plain[:2], moved[:2], values[:2], gradients[:2], strict=True)
+    for old, new, weight, gradient in pairs:
         before, after = (nm_groups(mask, 4).sum(-1) == 4 for mask in (old, new))
+        losses = nm_groups(weight.abs(), 4).sort(-1).values[..., :3].sum(-1)
+        weakest = losses[before].sort().values[: int(0.5 * before.sum() + 0.5)]
+        assert after[before & (losses > weakest[-1])].all()  # those give way that lose the least
         assert before.sum() == after.sum() and not torch.equal(before, after)
         pruned = nm_groups(gradient.abs() * ~old, 4).sum(-1)
         grown = after & ~before

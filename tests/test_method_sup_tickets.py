@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_engine import MODEL, Stop, _quiet, crash_before, same, toy
+from test_method_imp import hard
 
 from sparse_cocktail import ops
 from sparse_cocktail.averaging import superpose
@@ -37,7 +38,7 @@ def mean_file(folder, number: int, name: str = NAME) -> dict[str, torch.Tensor]:
     return read_tensors(folder / "pool" / f"{name}-mean-{number:02d}.safetensors")[0]
 
 
-def recorded(monkeypatch, folder, average: bool = True, **fields):
+def recorded(monkeypatch, folder, averages: bool = True, data=None, **fields):
     """Run; tickets as they were before averaging, and (mask, gradients, masks) of every step."""
     tickets, steps = [], []
 
@@ -64,13 +65,13 @@ def recorded(monkeypatch, folder, average: bool = True, **fields):
             super().after_epoch(ctx)
 
         def _superpose(self, ctx, number):
-            if average:
+            if averages:
                 super()._superpose(ctx, number)
 
     with monkeypatch.context() as patch:
         patch.setitem(METHODS, "sup-tickets", Recorded)
         trainer = Trainer(*split_fields({**FIELDS, **fields}), folder, _quiet())
-        trainer.prepare("resnet8", toy())
+        trainer.prepare("resnet8", data or toy())
         trainer.run()
     return trainer, tickets, steps
 
@@ -101,6 +102,7 @@ def counts(masks) -> list[int]:
         ((100, 0.08, 2), (92, 4, 2)),  # ImageNet
         ((250, 0.1, 0.032), (226, 3, 8)),
         ((30, 0.1, 0.032), (27, 3, 1)),
+        ((100, 0.29, 1), (71, 29, 1)),  # 28.999999999999996 in floating point
         ((8, 0.75, 2), (2, 3, 2)),
         ((4, 0.1, 0.032), (3, 1, 1)),  # one cycle where the share has no room
         ((1, 0.1, 0.032), (1, 0, 1)),
@@ -199,6 +201,24 @@ def test_moving_mean_counts_the_newest_by_its_share():
     assert torch.equal(average["w"], torch.full((2, 2), 5.0))
 
 
+def test_a_run_of_moving_means_scores_each_on_the_holdout(monkeypatch, tmp_path):
+    trainer, tickets, _ = recorded(monkeypatch, tmp_path, data=hard(), average="moving")
+    ctx, average, others = trainer.ctx, tickets[0]["fc.weight"], 0
+    for number, ticket in enumerate(tickets[1:], start=1):
+        average = (average + ticket["fc.weight"]) / 2
+        mean = mean_file(tmp_path, number)
+        torch.testing.assert_close(mean["fc.weight"], average)
+        ctx.cocktail.activate("dense")
+        ctx.model.load_state_dict(mean)
+        ctx.cocktail.set_masks(NAME, nonzero_masks(mean, ctx))
+        with ctx.cocktail.using(NAME):
+            recalibrate(ctx.model, ctx.calibration())
+            held, tested = ctx.accuracy("holdout"), ctx.accuracy("test")
+        assert trainer.method.state.tickets[number - 1]["holdout"] == held
+        others += held != tested
+    assert others
+
+
 @pytest.mark.parametrize("scope", ["global", "layerwise"])
 def test_every_mean_is_pruned_to_the_density_of_the_network(plain, scope, monkeypatch, tmp_path):
     if scope == "global":
@@ -266,7 +286,7 @@ def nonzero_masks(state, ctx):
 
 def test_averaging_leaves_training_alone(plain, monkeypatch, tmp_path):
     _, _, tickets, steps = plain
-    _, alone, alone_steps = recorded(monkeypatch, tmp_path, average=False)
+    _, alone, alone_steps = recorded(monkeypatch, tmp_path, averages=False)
     assert len(tickets) == len(alone) == 4
     assert all(same(a, b) for a, b in zip(tickets, alone, strict=True))
     assert all(map(torch.equal, steps[-1]["momentum"], alone_steps[-1]["momentum"]))

@@ -205,10 +205,10 @@ if __name__ == "__main__":
 
 
 CHANNELS = {
-    **dict.fromkeys(("ast", "mutualnet", "spartan", "acdc", "gmp"), {"ladder": "channel"}),
-    "sup-tickets": {"ladder": "channel", "base": "gmp"},
-    "cocktail": {"interpolation": False, "consolidate": 0},
-    "refilling": {},
+    **dict.fromkeys(("ast", "mutualnet", "spartan", "acdc", "gmp"), {"patterns": "channel-0.5"}),
+    "sup-tickets": {"patterns": "channel-0.5", "base": "gmp"},
+    "cocktail": {"prune_channel": 0.5, "interpolation": False, "consolidate": 0},
+    "refilling": {"prune_channel": 0.5, "channel_allocation": "uniform"},
 }
 
 
@@ -216,7 +216,7 @@ CHANNELS = {
 def test_channels_of_the_output_layer_are_never_pruned(tmp_path, method):
     fields = {**fields_of(method), **CHANNELS[method], "mask_linear": True, "stages": 1}
     results = train("resnet8", toy(), tmp_path, **{**fields, "batch_size": 56})
-    (row,) = (row for row in results["subnets"] if row["name"].startswith("channel"))
+    (row,) = (row for row in results["subnets"] if row["name"] == "channel-0.5000")
     cocktail = Cocktail.load(tmp_path / (row["weights"] or "cocktail.safetensors"))
     assert list(cocktail.layers)[-1] == "fc"
     *others, head = cocktail.subnets[row["name"]].live

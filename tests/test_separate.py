@@ -146,6 +146,15 @@ def test_results_name_the_weights_of_every_network(separate):
     assert not (folder / "cocktail.safetensors").exists()
 
 
+def test_statistics_of_every_network_are_estimated_at_the_end(separate):
+    results, folder = separate
+    for row in results["subnets"]:
+        cocktail = Cocktail.load(folder / row["weights"])
+        stored = [t.clone() for t in cocktail.subnets[row["name"]].statistics]
+        cocktail.recalibrate(row["name"], toy().calibration(64, 256))
+        torch.testing.assert_close(cocktail.subnets[row["name"]].statistics, stored)
+
+
 def test_pruned_weights_and_their_momentum_are_zero(separate):
     _, folder = separate
     for name in MENU:
