@@ -327,6 +327,28 @@ def test_budgets_hold_in_training_and_soft_values_freeze(tmp_path, recorded, pat
     assert (kept[kept != 0] < 1).any()  # soft ones, not rounded
 
 
+def test_pruned_weights_train_until_the_masks_freeze(tmp_path, monkeypatch):
+    moved = []
+
+    class Moved(Spartan):
+        def before_step(self, ctx):
+            super().before_step(ctx)
+            self.before = [w.detach().clone() for w in self._present(ctx)[2]]
+
+        def after_step(self, ctx):
+            name, _, weights = self._present(ctx)
+            triples = zip(weights, self.before, ctx.cocktail.masks(name), strict=True)
+            some = [(w != b)[~ops.unpack_mask(bits, w.shape)] for w, b, bits in triples]
+            moved.append(torch.cat(some).float())
+            super().after_step(ctx)
+
+    monkeypatch.setitem(METHODS, "spartan", Moved)
+    planned(tmp_path, patterns="unstructured-0.8").run()
+    assert len(moved[0]) == 0 and len(moved[-1]) > 3000  # the budget falls
+    assert all(some.mean() > 0.99 for some in moved[1:12])
+    assert not any(some.any() for some in moved[12:])
+
+
 class Silent(Spartan):
     """Counts channels that are all zero, and what of the network still listens to them."""
 
