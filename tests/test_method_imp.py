@@ -1,6 +1,7 @@
 """IMP and what stands on it: tickets and their masks, Lottery Pools, Refilling."""
 
 import dataclasses
+import json
 from itertools import pairwise
 
 import pytest
@@ -124,6 +125,12 @@ def test_every_round_starts_from_the_first_epochs_end_bit_for_bit(imp):
     assert same(snapshot, states[0, 1])  # where the second epoch of stage 0 began
     assert all(same(snapshot, states[k, 0]) for k in (1, 2, 3))
     assert not same(snapshot, states[1, 1])
+
+
+def test_a_stage_reports_the_network_that_it_trains(imp):
+    read = map(json.loads, (imp[0] / "log.jsonl").read_text().splitlines())
+    measured = [list(line["holdout"]) for line in read if line["event"] == "stage"]
+    assert measured == [[name] for name in ("dense", *TICKETS)]
 
 
 def test_a_tickets_file_holds_nothing_else(imp):
