@@ -137,6 +137,22 @@ def test_the_teacher_may_update_statistics(tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in others)  # training sees batches only
 
 
+@pytest.mark.parametrize(
+    ("fields", "passes"),
+    [
+        ({}, 12 + 120 * (1 + 1 / 6)),  # every second step has a teacher's forward: a third
+        ({"dense_pivot": False}, 12 + 120 * (1 + 1 / 4)),  # three of four steps
+        ({"distill": False}, 132),
+        ({"pair_batches": True}, 132),
+        ({"distill": False, "consolidate": 0.3, "consolidate_subnets": 3}, 132 + 4 * 4),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
+)
+def test_costs_of_decisions(fields, passes):
+    options = CocktailOptions(**{"consolidate": 0.0, **fields})
+    assert SparseCocktail.cost(options, 12) == pytest.approx(passes)
+
+
 # ---- masks ---------------------------------------------------------------------------------------
 
 
