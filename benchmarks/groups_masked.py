@@ -18,7 +18,7 @@ from sparse_cocktail.ops.few_rows import MOST_ROWS
 from gates import Verdict  # isort: skip - neighbours, not packages
 from groups_masks import our_name  # isort: skip
 from peers_masked import DENSE, Way, layer_peers, mixed, plain_layer, product  # isort: skip
-from shapes import Held, Layer, LayerInputs  # isort: skip
+from shapes import Held, LayerInputs  # isort: skip
 from timing import Group, Impl  # isort: skip
 
 __all__ = ["OURS", "Dense", "Rounding", "exactly", "layer_group", "peak_bytes", "places"]
@@ -214,13 +214,14 @@ def _module(held: Held) -> Callable[[], Tensor]:
     return forward
 
 
-def _our_ways(device: torch.device, layer: Layer) -> list[Way]:
+def _our_ways(device: torch.device, held: Held) -> list[Way]:
     note = f"the weight by {our_name('masked_weight', device) or 'plain torch'}"
-    positions = math.prod(layer.output) // layer.weight[0]
+    few = held.grad.numel() // len(held.weight) <= MOST_ROWS
+    fp32 = held.x.dtype == held.weight.dtype == torch.float32
     forced = [
         Way(f"ours/route {name}", _op, around=lambda name=name: ops.route(name))
         for name in ops.ROUTES
-        if device.type == "cuda" or positions <= MOST_ROWS  # the CPU has one for more
+        if device.type == "cuda" or (few and fp32)  # else the CPU has one
     ]
     return [Way("ours/op", _op, note), Way("ours/module", _module), *forced]
 
@@ -259,7 +260,7 @@ def layer_group(
     """A layer's group, and by implementation what measures the memory of a training step."""
     held, device = inputs.sets[0], inputs.device
     op = "masked_linear" if len(held.layer.weight) == 2 else "masked_conv2d"
-    ways = [*_our_ways(device, held.layer), *layer_peers()]
+    ways = [*_our_ways(device, held), *layer_peers()]
 
     def impl(way: Way) -> Impl:
         kind = Dense if way.name == DENSE else list

@@ -34,7 +34,7 @@ def called(name, held, train):
 
 
 def ways(held, device=CPU):
-    return [*groups_masked._our_ways(device, held.layer), *peers_masked.layer_peers()]
+    return [*groups_masked._our_ways(device, held), *peers_masked.layer_peers()]
 
 
 @pytest.fixture(scope="module")

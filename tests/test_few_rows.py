@@ -92,6 +92,12 @@ def test_long_sums_are_no_single_chain(level):
         ]
     exact = [x.double() @ wide.t(), grad.double() @ wide]
     check(ours, [x @ masked.t(), grad @ masked], exact)
+    # many numbers of few terms each: the largest error of PyTorch's is small
+    x, grad = torch.randn(40, 2048), torch.randn(40, 512)
+    bits = ops.pack_mask(torch.ones(512, 2048, dtype=torch.bool))
+    with ops.cpu_level(level):
+        ours = cpp.masked_linear_weight_grad(grad, x, torch.empty(512, 2048), bits)
+    check([ours], [grad.t() @ x], [grad.double().t() @ x.double()])
 
 
 @each_level

@@ -117,8 +117,9 @@ inline void forward(const MaskedLinear& p, int64_t begin, int64_t end, float* sc
 
 // ---- gradients ----------------------------------------------------------------------------------
 
-// Terms that are added one by one, see sparse_product_loops.h.
-constexpr int64_t kTerms = 48;
+// Terms that are added one by one, see sparse_product_loops.h. Rows are few, and what they are
+// added to lies in the L1 cache: their chains may be shorter.
+constexpr int64_t kOutputChain = 48, kRowChain = 16;
 
 // Rows of vectors: those of `source`, each times a factor, add up to those of `target`.
 //
@@ -215,10 +216,10 @@ inline void input_grad(const MaskedLinear& p, int64_t begin, int64_t end, float*
   for (int64_t first = begin * kWordBits; first < last; first += strip) {
     const int64_t stop = last - first < strip ? last : first + strip;
     for (mix.begin = 0; mix.begin < p.outputs; mix.begin = mix.end) {
-      mix.end = p.outputs - mix.begin < kTerms ? p.outputs : mix.begin + kTerms;
+      mix.end = p.outputs - mix.begin < kOutputChain ? p.outputs : mix.begin + kOutputChain;
       for (int64_t column = first; column < stop; column += tile) {
         const int64_t next = stop - column < tile ? stop : column + tile;
-        mix.ahead = next < stop ? tile : first - column + kTerms * p.inputs;
+        mix.ahead = next < stop ? tile : first - column + kOutputChain * p.inputs;
         in_parts(p.rows, Lanes::kSumTile, [&](int64_t row, int64_t end_row) {
           mix_columns<true, Lanes::kSumTile>(mix, row, end_row - row, column, next);
         });
@@ -234,7 +235,7 @@ inline void weight_grad(const MaskedLinear& p, int64_t begin, int64_t end, float
     const int64_t stop = p.inputs - first < strip ? p.inputs : first + strip;
     in_parts(end - begin, Lanes::kSumTile, [&](int64_t part, int64_t next) {
       for (mix.begin = 0; mix.begin < p.rows; mix.begin = mix.end) {
-        mix.end = p.rows - mix.begin < kTerms ? p.rows : mix.begin + kTerms;
+        mix.end = p.rows - mix.begin < kRowChain ? p.rows : mix.begin + kRowChain;
         mix_columns<false, Lanes::kSumTile>(mix, begin + part, next - part, first, stop);
       }
     });
