@@ -79,7 +79,7 @@ def called(op, *args):
     return routed(*args)
 
 
-def test_the_fused_kernels_get_what_they_take():
+def test_the_fused_kernels_get_what_they_take(folder):
     x, weight = torch.randn(4, 8), torch.randn(8, 8)
     bits = ops.pack_mask(weight > 0)
     with ops.route("fused"):
@@ -89,6 +89,32 @@ def test_the_fused_kernels_get_what_they_take():
         assert called("linear_weight_grad", x, x, weight, bits, None, True) == "fused"
     assert called("linear", x, weight, bits, None, None, False) == "layer"
     assert routes.routed("linear", None, lambda: None) is None, "no Triton"
+
+
+def test_a_cpu_takes_the_nearest_measurement(folder):
+    """By rows first, then by weights; of its own op and dtype."""
+
+    def row(route):
+        return {"route": route, "ratio": 1.5}
+
+    buckets = {
+        "linear/float32/rows-4^0/weights-4^6": row("fused"),
+        "linear/float32/rows-4^3/weights-4^6": row("fused"),
+        "linear/float32/rows-4^3/weights-4^9": row("layer"),
+        "linear/float32/rows-4^5/weights-4^6": row("layer"),
+    }
+    write(folder, routes.cpu_card(), {"format": 1, "buckets": buckets})
+    small, large = torch.empty(64, 64, device="meta"), torch.empty(512, 512, device="meta")
+
+    def chosen(rows, weight, op="linear", dtype=torch.float32):
+        x = torch.empty(rows, weight.shape[1], dtype=dtype)
+        return routes.chosen_route(op, x, weight, rows)
+
+    assert chosen(1, small) == chosen(1, large) == "fused"
+    assert chosen(40, small) == "fused" and chosen(40, large) == "layer"
+    assert chosen(1000, small) == chosen(100_000, large) == "layer"
+    assert chosen(1, small, "linear_input_grad") == "layer"
+    assert chosen(1, small, dtype=torch.bfloat16) == "layer"
 
 
 # ---- packed weights on the CPU -------------------------------------------------------------------
