@@ -13,7 +13,7 @@ from torch.nn import grad as convolution
 
 from sparse_cocktail import ops
 from sparse_cocktail.modules import MaskedConv2d, MaskedLinear
-from sparse_cocktail.ops.few_rows import MOST_ROWS
+from sparse_cocktail.ops.routes import MOST_ROWS
 
 from gates import Verdict  # isort: skip - neighbours, not packages
 from groups_masks import our_name  # isort: skip

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_cocktail import MaskedConv2d, ops
-from sparse_cocktail.ops import few_rows, layerwise
+from sparse_cocktail.ops import few_rows, layerwise, routes
 
 pytestmark = pytest.mark.skipif(
     "cpp" not in ops.implementations("masked_linear"), reason="needs the C++ extension"
@@ -215,7 +215,7 @@ LINEAR_OTHERS = {
     "fp64": lambda x, w: (x.double(), w.double()),
     "bf16": lambda x, w: (x.bfloat16(), w),
     "transposed": lambda x, w: (x, w.t().contiguous().t()),
-    "many_rows": lambda x, w: (x.repeat(few_rows.MOST_ROWS, 1), w),
+    "many_rows": lambda x, w: (x.repeat(routes.MOST_ROWS, 1), w),
 }
 
 

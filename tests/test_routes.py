@@ -30,6 +30,10 @@ def test_bucket_tells_sizes_apart_by_powers_of_four():
     assert powers == [0, 1, 1, 1, 2, 2, 3]
     assert keys[0] == "linear/bfloat16/rows-4^0/weights-4^6"
     assert routes.bucket("linear", torch.bfloat16, 0, weight.shape) == keys[0]
+    for taps, name in (((1, 1), "conv2d-1x1_input_grad"), ((3, 1), "conv2d_input_grad")):
+        shape = torch.Size((64, 64, *taps))
+        key = routes.bucket("conv2d_input_grad", torch.float32, 1, shape)
+        assert key.partition("/")[0] == name
 
 
 def test_what_nobody_measured_goes_by_layer(folder):

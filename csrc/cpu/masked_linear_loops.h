@@ -93,7 +93,6 @@ inline void forward(const MaskedLinear& p, int64_t begin, int64_t end, float* sc
     const int outputs = end - output < O ? static_cast<int>(end - output) : O;
     const float* weights[O];
     const uint32_t* words[O];
-    SC_UNROLL
     for (int o = 0; o < O; ++o) {  // the last one again where there are fewer
       const int64_t of = output + (o < outputs ? o : outputs - 1);
       weights[o] = p.weight + of * p.inputs, words[o] = p.bits + of * p.row_words();
@@ -106,7 +105,6 @@ inline void forward(const MaskedLinear& p, int64_t begin, int64_t end, float* sc
       });
     }
     for (int64_t r = 0; r < p.rows; ++r) {
-      SC_UNROLL
       for (int o = 0; o < outputs; ++o) {
         const float bias = p.bias ? p.bias[output + o] : 0.0f;
         p.result[r * p.outputs + output + o] = sums[r * O + o].sum() + bias;

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from . import layerwise
 from .layerwise import unpacked
+from .routes import MOST_ROWS
 
-__all__ = ["MOST_ROWS", "linear", "linear_input_grad", "linear_weight_grad"]
+__all__ = ["linear", "linear_input_grad", "linear_weight_grad"]
 __all__ += ["conv2d", "conv2d_input_grad", "conv2d_weight_grad", "takes"]
-
-MOST_ROWS = 512  # of more, the vendor's products are the faster ones on any machine
 
 _cpp = torch.ops.sparse_cocktail_cpp
 

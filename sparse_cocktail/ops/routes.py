@@ -47,6 +47,7 @@ __all__ = [
 
 ROUTES = ("fused", "layer")
 SPARSE_ROUTES = ("sparse", "dense")
+MOST_ROWS = 512  # of more, the vendor's products are the faster ones on any CPU
 FOLDER = Path(__file__).parent.parent / "choices"
 
 # By pair of routes; one for all threads: a backward pass on CUDA runs in another thread.
@@ -85,7 +86,13 @@ def bucket(op: str, dtype: torch.dtype, rows: int, weight: Tensor | torch.Size) 
         weight: the weight, or its shape.
     """
     size = f"rows-4^{power_of_4(rows)}/weights-4^{power_of_4(weight.numel())}"
-    return f"{op}/{str(dtype)[6:]}/{size}"
+    return f"{_measured_as(op, weight)}/{str(dtype)[6:]}/{size}"
+
+
+def _measured_as(op: str, weight: Tensor | torch.Size) -> str:
+    """Convolutions of one tap have buckets of their own: no windows are copied."""
+    shape = weight.shape if isinstance(weight, Tensor) else weight
+    return op.replace("conv2d", "conv2d-1x1") if tuple(shape[2:]) == (1, 1) else op
 
 
 def sparse_bucket(op: str, rows: int, weight: Tensor | torch.Size, density: float) -> str:
@@ -191,8 +198,10 @@ def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
     if ROUTES in _forced:
         return _forced[ROUTES]
     if x.device.type == "cpu":
+        if rows > MOST_ROWS:
+            return "layer"
         sizes = power_of_4(rows), power_of_4(weight.numel())
-        return _nearest_route(FOLDER, cpu_card(), f"{op}/{str(x.dtype)[6:]}", *sizes)
+        return _nearest_route(FOLDER, cpu_card(), _measured_as(op, weight), x.dtype, *sizes)
     if x.device.type != "cuda":
         return "layer"
     device = x.device.index if x.device.index is not None else torch.cuda.current_device()
@@ -201,8 +210,10 @@ def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
 
 
 @cache
-def _nearest_route(folder: Path, card: str, start: str, rows: int, weights: int) -> str:
-    measured = table(card)
+def _nearest_route(
+    folder: Path, card: str, op: str, dtype: torch.dtype, rows: int, weights: int
+) -> str:
+    measured, start = table(card), f"{op}/{str(dtype)[6:]}"
     near = [
         (abs(a - rows), abs(b - weights), row["route"])
         for a in range(32)
@@ -244,21 +255,31 @@ def _sparse_pays(folder: Path, card: str, op: str, rows: int, weights: int, halv
     return False
 
 
+# Which arguments of an op are the weight and the rows.
+_PLACES = {
+    "linear": (1, 4),
+    "linear_input_grad": (1, 3),
+    "linear_weight_grad": (2, 4),
+    "conv2d": (1, 4),
+    "conv2d_input_grad": (2, 4),
+    "conv2d_weight_grad": (2, 4),
+}
+
+
 def routed(op: str, fused: Callable | None, layer: Callable) -> Callable | None:
-    """A function that takes the chosen route, with the arguments of an op of masked layers: x or a
-    gradient first, then maybe another, the weight, its bits. None without Triton."""
+    """A function that takes the chosen route, with the arguments of an op of masked layers, whose
+    first is x or a gradient. None without fused kernels (no Triton)."""
     if fused is None:
         return None
+    weight_at, rows_at = _PLACES[op]
 
     def call(*args):
-        place = next(i for i, a in enumerate(args) if a.dtype == torch.int32)  # of the bits
-        x, weight, after = args[0], args[place - 1], args[place + 1 :]
-        whole = not any(isinstance(a, Tensor) and a.dtype == torch.int64 for a in after)
+        x, weight = args[0], args[weight_at]
         # rows of the product: what is not the channel dimension of x or of the gradient
         channels = x.shape[1] if weight.dim() == 4 else x.shape[-1]
         route = chosen_route(op, x, weight, x.numel() // max(1, channels))
-        if route == "fused" and whole and torch.float64 not in (x.dtype, weight.dtype):
-            return fused(*args)
-        return layer(*args)
+        if route == "layer" or args[rows_at] is not None:
+            return layer(*args)
+        return layer(*args) if torch.float64 in (x.dtype, weight.dtype) else fused(*args)
 
     return call
