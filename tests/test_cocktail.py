@@ -214,7 +214,8 @@ def test_export_is_plain_torch_and_equal(name):
     plain = network().eval()
     plain.load_state_dict(exported.state_dict(), strict=True)
     cocktail.activate(name)
-    expected = cocktail.model.eval()(x)
+    with ops.route("layer"):  # by PyTorch's products: the same bits
+        expected = cocktail.model.eval()(x)
     assert torch.equal(exported(x), expected) and torch.equal(plain(x), expected)
     for ours, theirs in zip(exported.parameters(), cocktail.model.parameters(), strict=True):
         assert ours.data_ptr() != theirs.data_ptr(), "the export shares memory with the cocktail"

@@ -53,6 +53,24 @@ def check(ours, torchs, exact):
         assert error <= 2 * allowed + 1e-6 * true.abs().max(), (float(error), float(allowed))
 
 
+def linear(x, weight, bits, bias=None, place=torch.clone):
+    result = place(torch.empty(len(x), len(weight)))
+    cpp.masked_linear_into(x, weight, bits, bias, result)
+    return result
+
+
+def input_grad(grad, weight, bits, place=torch.clone):
+    result = place(torch.empty(len(grad), weight.shape[1]))
+    cpp.masked_linear_input_grad_into(grad, weight, bits, result)
+    return result
+
+
+def weight_grad(grad, x, weight, bits, place=torch.clone):
+    result = place(torch.empty(weight.shape))
+    cpp.masked_linear_weight_grad_into(grad, x, weight, bits, result)
+    return result
+
+
 # ---- accuracy ------------------------------------------------------------------------------------
 
 
@@ -87,8 +105,8 @@ def test_long_sums_are_no_single_chain(level):
     wide = masked.double()
     with ops.cpu_level(level):
         ours = [
-            cpp.masked_linear(x, weight, bits, None),
-            cpp.masked_linear_input_grad(grad, weight, bits),
+            linear(x, weight, bits),
+            input_grad(grad, weight, bits),
         ]
     exact = [x.double() @ wide.t(), grad.double() @ wide]
     check(ours, [x @ masked.t(), grad @ masked], exact)
@@ -96,7 +114,7 @@ def test_long_sums_are_no_single_chain(level):
     x, grad = torch.randn(40, 2048), torch.randn(40, 512)
     bits = ops.pack_mask(torch.ones(512, 2048, dtype=torch.bool))
     with ops.cpu_level(level):
-        ours = cpp.masked_linear_weight_grad(grad, x, torch.empty(512, 2048), bits)
+        ours = weight_grad(grad, x, torch.empty(512, 2048), bits)
     check([ours], [grad.t() @ x], [grad.double().t() @ x.double()])
 
 
@@ -130,11 +148,11 @@ def test_conv(level, x, weight, how, layout):
 # ---- the same bits -------------------------------------------------------------------------------
 
 
-def products(x, grad, weight, bits, bias):
+def products(x, grad, weight, bits, bias, place=torch.clone):
     return [
-        cpp.masked_linear(x, weight, bits, bias),
-        cpp.masked_linear_input_grad(grad, weight, bits),
-        cpp.masked_linear_weight_grad(grad, x, weight, bits),
+        linear(x, weight, bits, bias, place),
+        input_grad(grad, weight, bits, place),
+        weight_grad(grad, x, weight, bits, place),
     ]
 
 
@@ -190,7 +208,8 @@ def test_nothing_is_read_or_written_past_the_end(level, inputs):
     _, bits = masked_of(weight.shape)
     with ops.cpu_level(level):
         right = products(x, grad, weight, bits, None)
-        ours = products(*map(at_the_end_of_a_page, (x, grad, weight, bits)), None)
+        given = map(at_the_end_of_a_page, (x, grad, weight, bits))
+        ours = products(*given, None, at_the_end_of_a_page)
     assert all(map(torch.equal, ours, right))
 
 
@@ -284,6 +303,19 @@ def test_a_module_trains_alike(monkeypatch, dense_grad):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
+def test_results_may_be_changed_in_place():
+    """As an activation does that follows the layer."""
+    x, weight = torch.randn(2, 32, 4, 4).to(memory_format=LAST), torch.randn(8, 32, 3, 3)
+    weight = weight.to(memory_format=LAST).requires_grad_()
+    _, bits = masked_of(weight.shape)
+    with ops.route("fused"):
+        ops.masked_conv2d(x, weight, bits, padding=1).relu_().sum().backward()
+        flat = torch.randn(8, 32).requires_grad_()
+        y = ops.masked_linear(x.permute(0, 2, 3, 1), flat, masked_of(flat.shape)[1])
+        y.relu_().sum().backward()
+    assert weight.grad.any() and flat.grad.any()
+
+
 def test_second_derivatives():
     weight = torch.randn(6, 32, 3, 3).to(memory_format=LAST).requires_grad_()
     x = torch.randn(1, 32, 3, 3).requires_grad_()
@@ -308,14 +340,13 @@ def test_second_derivatives():
 def test_kernels_refuse_what_does_not_fit():
     x, grad, weight = torch.randn(2, 40), torch.randn(2, 6), torch.randn(6, 40)
     _, bits = masked_of(weight.shape)
-    linear, input_grad = cpp.masked_linear, cpp.masked_linear_input_grad
-    weight_grad = cpp.masked_linear_weight_grad
     for message, op, *arguments in (
         ("masked_linear: x has dtype Double", linear, x.double(), weight, bits, None),
         ("x .* shape .2, 39. .* .2, 40. is needed", linear, x[:, 1:], weight, bits, None),
         ("bits has shape", linear, x, weight, bits[:5], None),
         ("weight has dtype BFloat16", linear, x, weight.bfloat16(), bits, None),
         ("bias is not contiguous float32 of 6", linear, x, weight, bits, x[0]),
+        ("result has dtype Double", linear, x, weight, bits, None, torch.Tensor.double),
         ("1 and 2 dimensions", linear, x[0], weight, bits, None),
         ("input_grad: grad has dtype", input_grad, x, weight, bits),
         ("weight_grad: x has dtype", weight_grad, grad, grad, weight, bits),

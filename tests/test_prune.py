@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_cocktail import Cocktail, MaskedLinear, convert, models, prune_, to_dense
+from sparse_cocktail import Cocktail, MaskedLinear, convert, models, ops, prune_, to_dense
 from sparse_cocktail.modules import masked_layers
 
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -33,7 +33,8 @@ def test_computes_as_the_cocktail_does(pattern):
     expected = cocktail.export(cocktail.add(pattern).name, plain=True)(X)
     dense = model(X)
     pruned = prune_(model, pattern)
-    assert pruned is model and torch.equal(pruned(X), expected)
+    with ops.route("layer"):  # by PyTorch's products: the same bits
+        assert pruned is model and torch.equal(pruned(X), expected)
     assert not torch.equal(dense, expected)
     assert torch.equal(to_dense(model)(X), expected)
 
@@ -142,7 +143,8 @@ def test_transformer_with_attention_is_pruned_around_it():
     x = torch.randn(2, 5, 8)
     assert model(x).shape == (2, 5, 6) and "1.linear1" in model.conversion.left
     plain = to_dense(model)
-    assert torch.equal(plain(x), model(x))
+    with ops.route("layer"):
+        assert torch.equal(plain(x), model(x))
     assert all(type(m).__module__.startswith("torch.nn") for m in plain.modules())
     assert not hasattr(plain, "conversion") and hasattr(model, "conversion")
 

@@ -39,10 +39,9 @@ MaskedLinear layer_of(const char* op, const Tensor& by_row, const Tensor& weight
   return p;
 }
 
-Tensor result_of(MaskedLinear& p, int64_t rows, int64_t columns) {
-  Tensor result = torch::stable::empty({rows, columns}, ScalarType::Float);
+void set_result(const char* op, MaskedLinear& p, Tensor& result, int64_t rows, int64_t columns) {
+  matrix(op, "result", result, rows, columns);
   p.result = static_cast<float*>(result.mutable_data_ptr());
-  return result;
 }
 
 // Runs a kernel over `count` outputs or words of `unit` products a row each, in steps that it takes
@@ -59,8 +58,8 @@ void run(const MaskedLinear& p, decltype(MaskedLinearKernels::forward) kernel, i
   });
 }
 
-Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bits,
-                     const std::optional<Tensor>& bias) {
+void masked_linear_into(const Tensor& x, const Tensor& weight, const Tensor& bits,
+                        const std::optional<Tensor>& bias, Tensor result) {
   const char* op = "masked_linear";
   MaskedLinear p = layer_of(op, x, weight, bits);
   p.x = matrix(op, "x", x, p.rows, p.inputs);
@@ -68,45 +67,52 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bits,
                             bias->numel() == p.outputs),
                   op, ": bias is not contiguous float32 of ", p.outputs, " elements; convert it");
   p.bias = bias ? static_cast<const float*>(bias->const_data_ptr()) : nullptr;
-  Tensor result = result_of(p, p.rows, p.outputs);
+  set_result(op, p, result, p.rows, p.outputs);
   run(p, masked_linear_kernels().forward, p.outputs, kOutputStep, p.inputs, p.rows * kRowScratch);
-  return result;
 }
 
-Tensor masked_linear_input_grad(const Tensor& grad, const Tensor& weight, const Tensor& bits) {
+void masked_linear_input_grad_into(const Tensor& grad, const Tensor& weight, const Tensor& bits,
+                                   Tensor result) {
   const char* op = "masked_linear_input_grad";
   MaskedLinear p = layer_of(op, grad, weight, bits);
   p.grad = matrix(op, "grad", grad, p.rows, p.outputs);
-  Tensor result = result_of(p, p.rows, p.inputs);
-  if (p.outputs == 0 || p.rows == 0) return torch::stable::zero_(result);
+  set_result(op, p, result, p.rows, p.inputs);
+  if (p.outputs == 0 || p.rows == 0) {
+    torch::stable::zero_(result);
+    return;
+  }
   run(p, masked_linear_kernels().input_grad, p.row_words(), 1, p.outputs * kWordBits);
-  return result;
 }
 
-Tensor masked_linear_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight,
-                                 const Tensor& bits) {
+void masked_linear_weight_grad_into(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                    const Tensor& bits, Tensor result) {
   const char* op = "masked_linear_weight_grad";
   MaskedLinear p = layer_of(op, grad, weight, bits);
   p.grad = matrix(op, "grad", grad, p.rows, p.outputs);
   p.x = matrix(op, "x", x, p.rows, p.inputs);
-  Tensor result = result_of(p, p.outputs, p.inputs);
-  if (p.rows == 0) return torch::stable::zero_(result);
+  set_result(op, p, result, p.outputs, p.inputs);
+  if (p.rows == 0) {
+    torch::stable::zero_(result);
+    return;
+  }
   run(p, masked_linear_kernels().weight_grad, p.outputs, kOutputStep, p.inputs);
-  return result;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_cocktail_cpp, m) {
-  m.def("masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias) -> Tensor");
-  m.def("masked_linear_input_grad(Tensor grad, Tensor weight, Tensor bits) -> Tensor");
-  m.def("masked_linear_weight_grad(Tensor grad, Tensor x, Tensor weight, Tensor bits) -> Tensor");
+  m.def("masked_linear_into(Tensor x, Tensor weight, Tensor bits, Tensor? bias, "
+        "Tensor(a!) result) -> ()");
+  m.def("masked_linear_input_grad_into(Tensor grad, Tensor weight, Tensor bits, "
+        "Tensor(a!) result) -> ()");
+  m.def("masked_linear_weight_grad_into(Tensor grad, Tensor x, Tensor weight, Tensor bits, "
+        "Tensor(a!) result) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cocktail_cpp, CPU, m) {
-  m.impl("masked_linear", TORCH_BOX(&masked_linear));
-  m.impl("masked_linear_input_grad", TORCH_BOX(&masked_linear_input_grad));
-  m.impl("masked_linear_weight_grad", TORCH_BOX(&masked_linear_weight_grad));
+  m.impl("masked_linear_into", TORCH_BOX(&masked_linear_into));
+  m.impl("masked_linear_input_grad_into", TORCH_BOX(&masked_linear_input_grad_into));
+  m.impl("masked_linear_weight_grad_into", TORCH_BOX(&masked_linear_weight_grad_into));
 }
 
 }  // namespace sparse_cocktail

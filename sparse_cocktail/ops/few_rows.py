@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -47,24 +48,31 @@ def _bias(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float().contiguous()
 
 
+# Results are tensors of their own, not views: autograd refuses to change views of an op in place.
+
+
 def linear(x, weight, bits, bias, rows, dense_grad) -> Tensor:
     if not _takes_linear(x, weight):
         return layerwise.linear(x, weight, bits, bias, rows, dense_grad)
-    y = _cpp.masked_linear(_matrix(x), weight, bits.contiguous(), _bias(bias))
-    return y.view(*x.shape[:-1], len(weight))
+    y = x.new_empty((*x.shape[:-1], len(weight)))
+    _cpp.masked_linear_into(_matrix(x), weight, bits.contiguous(), _bias(bias), _matrix(y))
+    return y
 
 
 def linear_input_grad(grad, weight, bits, rows) -> Tensor:
     if not _takes_linear(grad, weight):
         return layerwise.linear_input_grad(grad, weight, bits, rows)
-    grad_x = _cpp.masked_linear_input_grad(_matrix(grad), weight, bits.contiguous())
-    return grad_x.view(*grad.shape[:-1], weight.shape[1])
+    grad_x = grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+    _cpp.masked_linear_input_grad_into(_matrix(grad), weight, bits.contiguous(), _matrix(grad_x))
+    return grad_x
 
 
 def linear_weight_grad(grad, x, weight, bits, rows, dense_grad) -> Tensor:
     if dense_grad or not _takes_linear(x, weight):
         return layerwise.linear_weight_grad(grad, x, weight, bits, rows, dense_grad)
-    return _cpp.masked_linear_weight_grad(_matrix(grad), _matrix(x), weight, bits.contiguous())
+    made = torch.empty_like(weight)
+    _cpp.masked_linear_weight_grad_into(_matrix(grad), _matrix(x), weight, bits.contiguous(), made)
+    return made
 
 
 # ---- convolution ---------------------------------------------------------------------------------
@@ -129,8 +137,6 @@ def _windows(x: Tensor, weight: Tensor, geometry: list[int]) -> Tensor:
 def _add_windows(windows: Tensor, shape: torch.Size, weight: Tensor, geometry: list[int]) -> Tensor:
     """The way back: every place of x gets the sum of the windows that saw it."""
     batch, channels, height, width = shape
-    if _is_pointwise(weight, geometry):
-        return windows.view(batch, height, width, channels).permute(0, 3, 1, 2)
     (down, right), (top, left), (dilated, apart), _ = unpacked(geometry)
     _, _, rows, columns = _outputs(shape, weight.shape, geometry)
     windows = windows.view(batch, rows, columns, *weight.shape[2:], channels)
@@ -139,31 +145,48 @@ def _add_windows(windows: Tensor, shape: torch.Size, weight: Tensor, geometry: l
         y, x = i * dilated, j * apart
         seen = image[:, y : y + down * rows : down, x : x + right * columns : right]
         seen += windows[:, :, :, i, j]
-    return image[:, top : top + height, left : left + width].contiguous().permute(0, 3, 1, 2)
+    inner = image[:, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    return torch.empty_like(inner, memory_format=torch.channels_last).copy_(inner)
+
+
+def _by_place(image: Tensor) -> Tensor:
+    """(positions, channels) of an image in channels_last, in the same memory."""
+    return _matrix(image.permute(0, 2, 3, 1))
+
+
+def _image(shape: Sequence[int], like: Tensor) -> Tensor:
+    own = {"dtype": like.dtype, "device": like.device}
+    return torch.empty(shape, **own, memory_format=torch.channels_last)
 
 
 def conv2d(x, weight, bits, bias, rows, geometry, dense_grad) -> Tensor:
     if not takes(x, weight, geometry):
         return layerwise.conv2d(x, weight, bits, bias, rows, geometry, dense_grad)
-    batch, out, height, width = _outputs(x.shape, weight.shape, geometry)
+    shape = _outputs(x.shape, weight.shape, geometry)
+    y = _image(shape, x)
     windows = _windows(x, weight, geometry)
-    y = _cpp.masked_linear(windows, *_as_matrix(weight, bits), _bias(bias))
-    return y.view(batch, height, width, out).permute(0, 3, 1, 2)
+    _cpp.masked_linear_into(windows, *_as_matrix(weight, bits), _bias(bias), _by_place(y))
+    return y
 
 
 def conv2d_input_grad(grad, x, weight, bits, rows, geometry) -> Tensor:
     if not takes(x, weight, geometry):
         return layerwise.conv2d_input_grad(grad, x, weight, bits, rows, geometry)
-    by_row = _matrix(grad.permute(0, 2, 3, 1))
-    windows = _cpp.masked_linear_input_grad(by_row, *_as_matrix(weight, bits))
+    by_row, matrix = _by_place(grad), _as_matrix(weight, bits)
+    if _is_pointwise(weight, geometry):
+        grad_x = _image(x.shape, grad)
+        _cpp.masked_linear_input_grad_into(by_row, *matrix, _by_place(grad_x))
+        return grad_x
+    windows = grad.new_empty(len(by_row), matrix[0].shape[1])
+    _cpp.masked_linear_input_grad_into(by_row, *matrix, windows)
     return _add_windows(windows, x.shape, weight, geometry)
 
 
 def conv2d_weight_grad(grad, x, weight, bits, rows, geometry, dense_grad) -> Tensor:
     if dense_grad or not takes(x, weight, geometry):
         return layerwise.conv2d_weight_grad(grad, x, weight, bits, rows, geometry, dense_grad)
-    by_row = _matrix(grad.permute(0, 2, 3, 1))
-    made = _cpp.masked_linear_weight_grad(
-        by_row, _windows(x, weight, geometry), *_as_matrix(weight, bits)
-    )
-    return made.as_strided(weight.shape, weight.stride())
+    made, windows = torch.empty_like(weight), _windows(x, weight, geometry)
+    matrix = _as_matrix(weight, bits)
+    into = made.permute(0, 2, 3, 1).view(matrix[0].shape)
+    _cpp.masked_linear_weight_grad_into(_by_place(grad), windows, *matrix, into)
+    return made

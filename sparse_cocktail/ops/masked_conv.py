@@ -89,7 +89,7 @@ define(
     reference=lambda x, weight, bits, bias, rows, geometry, dense_grad: reference.masked_conv2d(
         x, weight, bits, bias, *unpacked(geometry)
     ),
-    cpp=routed("conv2d", _in_format(few_rows.conv2d), layerwise.conv2d),
+    cpp=routed("conv2d", _in_format(few_rows.conv2d), layerwise.conv2d, "cpu"),
     triton=routed("conv2d", _in_format(_fused_conv), layerwise.conv2d),
     fake=_conv_fake,
     check=_check_conv,
@@ -101,7 +101,10 @@ define(
         grad, x, weight, bits, *unpacked(geometry)
     ),
     cpp=routed(
-        "conv2d_input_grad", _in_format(few_rows.conv2d_input_grad), layerwise.conv2d_input_grad
+        "conv2d_input_grad",
+        _in_format(few_rows.conv2d_input_grad),
+        layerwise.conv2d_input_grad,
+        "cpu",
     ),
     triton=routed("conv2d_input_grad", _in_format(_fused_input_grad), layerwise.conv2d_input_grad),
     fake=_input_grad_fake,
@@ -115,7 +118,9 @@ define(
             grad, x, weight, bits, *unpacked(geometry), dense_grad=dense
         )
     ),
-    cpp=routed("conv2d_weight_grad", few_rows.conv2d_weight_grad, layerwise.conv2d_weight_grad),
+    cpp=routed(
+        "conv2d_weight_grad", few_rows.conv2d_weight_grad, layerwise.conv2d_weight_grad, "cpu"
+    ),
     triton=routed("conv2d_weight_grad", _fused_weight_grad, layerwise.conv2d_weight_grad),
     fake=lambda grad, x, weight, *rest: torch.empty_like(weight),
     check=unchecked,
@@ -164,7 +169,7 @@ def _together(ctx, *tensors: Tensor) -> bool:
 
 def _few_rows(ctx, grad: Tensor, x: Tensor, weight: Tensor) -> bool:
     positions = grad.numel() // max(1, grad.shape[1])
-    route = chosen_route("conv2d_weight_grad", grad, weight, positions)
+    route = chosen_route("conv2d_weight_grad", grad, weight, positions, "cpu")
     return route == "fused" and few_rows.takes(x, weight, ctx.geometry)
 
 

@@ -98,7 +98,7 @@ define(
     reference=lambda x, weight, bits, bias, rows, dense_grad: reference.masked_linear(
         x, weight, bits, bias
     ),
-    cpp=routed("linear", few_rows.linear, layerwise.linear),
+    cpp=routed("linear", few_rows.linear, layerwise.linear, "cpu"),
     triton=routed("linear", fused("linear", lambda *args: args[:4]), layerwise.linear),
     fake=lambda x, weight, bits, bias, rows, dense_grad: x.new_empty(
         (*x.shape[:-1], weight.shape[0])
@@ -110,7 +110,7 @@ define(
     reference=lambda grad, weight, bits, rows: reference.masked_linear_input_grad(
         grad, weight, bits
     ),
-    cpp=routed("linear_input_grad", few_rows.linear_input_grad, layerwise.linear_input_grad),
+    cpp=routed("linear_input_grad", few_rows.linear_input_grad, layerwise.linear_input_grad, "cpu"),
     triton=routed(
         "linear_input_grad",
         fused("linear_input_grad", lambda grad, weight, bits, _: (grad, weight, bits, grad.dtype)),
@@ -125,7 +125,9 @@ define(
     reference=lambda grad, x, weight, bits, rows, dense_grad: reference.masked_linear_weight_grad(
         grad, x, weight, bits, dense_grad
     ),
-    cpp=routed("linear_weight_grad", few_rows.linear_weight_grad, layerwise.linear_weight_grad),
+    cpp=routed(
+        "linear_weight_grad", few_rows.linear_weight_grad, layerwise.linear_weight_grad, "cpu"
+    ),
     triton=routed(
         "linear_weight_grad",
         fused("linear_weight_grad", lambda *args: (*args[:4], args[-1])),

@@ -190,20 +190,23 @@ def this_card() -> str:
     return cpu_card()
 
 
-def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int) -> str:
+def chosen_route(op: str, x: Tensor, weight: Tensor, rows: int, on: str = "cuda") -> str:
     """The route that a masked layer takes now: forced, or measured on this card.
 
     On a CPU a bucket that was not measured counts as the nearest one, by rows and then by weights.
+
+    Args:
+        on: the type of device that the fused kernels are for: on others they are not chosen.
     """
     if ROUTES in _forced:
         return _forced[ROUTES]
-    if x.device.type == "cpu":
+    if x.device.type != on:
+        return "layer"
+    if on == "cpu":
         if rows > MOST_ROWS:
             return "layer"
         sizes = power_of_4(rows), power_of_4(weight.numel())
         return _nearest_route(FOLDER, cpu_card(), _measured_as(op, weight), x.dtype, *sizes)
-    if x.device.type != "cuda":
-        return "layer"
     device = x.device.index if x.device.index is not None else torch.cuda.current_device()
     row = table(gpu_name(device)).get(bucket(op, x.dtype, rows, weight))
     return "layer" if row is None else row["route"]
@@ -266,9 +269,9 @@ _PLACES = {
 }
 
 
-def routed(op: str, fused: Callable | None, layer: Callable) -> Callable | None:
+def routed(op: str, fused: Callable | None, layer: Callable, on: str = "cuda") -> Callable | None:
     """A function that takes the chosen route, with the arguments of an op of masked layers, whose
-    first is x or a gradient. None without fused kernels (no Triton)."""
+    first is x or a gradient. None without fused kernels (no Triton); `on` as in `chosen_route`."""
     if fused is None:
         return None
     weight_at, rows_at = _PLACES[op]
@@ -277,7 +280,7 @@ def routed(op: str, fused: Callable | None, layer: Callable) -> Callable | None:
         x, weight = args[0], args[weight_at]
         # rows of the product: what is not the channel dimension of x or of the gradient
         channels = x.shape[1] if weight.dim() == 4 else x.shape[-1]
-        route = chosen_route(op, x, weight, x.numel() // max(1, channels))
+        route = chosen_route(op, x, weight, x.numel() // max(1, channels), on)
         if route == "layer" or args[rows_at] is not None:
             return layer(*args)
         return layer(*args) if torch.float64 in (x.dtype, weight.dtype) else fused(*args)
